@@ -1,0 +1,33 @@
+# Two commands matter: `make demo` and `make test`. Both set up a private environment in .venv first.
+PYTHON ?= python3
+# The CPU build of this torch is small where the package index offers one; set TORCH= to choose another.
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: setup demo test lint bench gpu-check clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp csrc/host/*.h)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH) "setuptools>=77" wheel pybind11 ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/fastpo demo --output_dir runs/demo
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup
+	$(PY) benchmarks/run.py
+
+clean:
+	rm -rf build dist *.egg-info fastpo/*.so runs

@@ -1,0 +1,86 @@
+"""The records that the ops and the loop exchange. Frozen; a shape comment on every field; no behaviour beyond checks.
+
+T tokens, S sequences, P tuples (pairs), K members of a tuple (chosen, rejected, ...).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Record:
+    def to(self, device: torch.device | str) -> Any:
+        """The same record with every tensor on ``device``."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Segments(_Record):
+    """Which tokens belong to which sequence, and what each counts. Sequences lie one behind the other (packed).
+
+    All fields but ``cu_seqlens`` and ``mask`` may require grad; their gradients are those of METHODS.md P1 and P3.
+    """
+
+    cu_seqlens: Tensor  # [S+1] int64; sequence i owns tokens cu_seqlens[i]:cu_seqlens[i+1]; may be empty
+    mask: Tensor | None = None  # [T] bool; False: a token that counts nowhere (prompt, shared step, padding)
+    weights: Tensor | None = None  # [T] float, w_t; 1 where absent
+    kl: Tensor | None = None  # [T] float, K_t = KL(ref || policy) over the vocabulary
+    kl_weights: Tensor | None = None  # [T] float, k_t; the K_t term is absent without it
+    nll_weights: Tensor | None = None  # [T] float, u_t; 1 where absent
+    token_coefs: Tensor | None = None  # [T] float, v_t: a term  + sum_t v_t l_t  of the loss
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class Pairs(_Record):
+    """Tuples of sequences that a loss term compares; pairs are tuples of two.
+
+    ``index[p, k]`` is the k-th member of tuple p: 0 chosen, 1 rejected, further ones as the objective says. -1: absent.
+    """
+
+    index: Tensor  # [P, K] int64, sequence ids; -1: no such member
+    weights: Tensor | None = None  # [P] float, omega_p; 1 where absent
+    margins: Tensor | None = None  # [P] float, m_p, subtracted from z (on top of the objective's own)
+    soft_labels: Tensor | None = None  # [P] float, q_p, probability that chosen is better; replaces the objective's
+    targets: Tensor | None = None  # [P, K] float, tau of the squared link for the term on member k; replaces the objective's
+    beta_scales: Tensor | None = None  # [P] float, beta_p = beta * beta_scales[p]
+
+    @staticmethod
+    def of(chosen: Tensor, rejected: Tensor, **columns: Tensor) -> "Pairs":
+        """Pairs from two id vectors: ``Pairs.of(chosen [P], rejected [P], weights=...)``."""
+        return Pairs(torch.stack((chosen, rejected), dim=1), **columns)
+
+    @staticmethod
+    def interleaved(num_pairs: int, device: torch.device | str = "cpu") -> "Pairs":
+        """Sequences 2p and 2p+1 are the chosen and the rejected one of pair p."""
+        return Pairs(torch.arange(2 * num_pairs, device=device).view(num_pairs, 2))
+
+
+@dataclass(frozen=True)
+class PreferenceOutput(_Record):
+    """What ``preference_loss`` returns. Only ``loss`` carries gradient; the rest is for metrics."""
+
+    loss: Tensor  # [] float32
+    losses: Tensor  # [P] float32, omega_p * (link terms + NLL terms) of each tuple, before the reduction
+    scores: Tensor  # [S] float32, S_i of METHODS.md P1
+    logps: Tensor  # [S] float32, sum of l_t over the sequence's masked-in tokens
+    lengths: Tensor  # [S] int64, n_i: number of masked-in tokens
+    rewards: Tensor  # [P, K] float32, beta * S of each member (implicit rewards); 0 for an absent one
+    nll: Tensor  # [P, K] float32, -sum u l / n of each member; 0 for an absent one
+
+    @property
+    def margins(self) -> Tensor:
+        """[P] chosen minus rejected reward."""
+        return self.rewards[:, 0] - self.rewards[:, 1]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """[] share of pairs whose chosen reward is the larger one."""
+        return (self.margins > 0).float().mean()

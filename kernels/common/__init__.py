@@ -1,0 +1,1 @@
+"""Triton device functions and small helpers that several ops share."""
