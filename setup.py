@@ -15,7 +15,6 @@ from setuptools import Extension, find_packages, setup
 ROOT = Path(__file__).parent.resolve()
 # Oldest supported torch, 2.11: the stable ABI keeps a binary for it running on every later one.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-PY_LIMITED = "-DPy_LIMITED_API=0x030b0000"
 CUDA_ARCHS = ("80", "90", "100")
 
 
@@ -44,7 +43,7 @@ def extensions(mode: str) -> tuple[list[Extension], dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", TORCH_TARGET, PY_LIMITED]
+    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", TORCH_TARGET]
     modules: list[Extension] = [
         CppExtension(
             "fastpo._C",
@@ -61,7 +60,7 @@ def extensions(mode: str) -> tuple[list[Extension], dict]:
         ),
     ]
     if mode == "cuda":
-        nvcc = ["-O3", "-std=c++20", TORCH_TARGET, PY_LIMITED, "-DUSE_CUDA"]
+        nvcc = ["-O3", "-std=c++20", TORCH_TARGET, "-DUSE_CUDA"]
         nvcc += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         modules.append(
             CUDAExtension(

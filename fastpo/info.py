@@ -1,0 +1,90 @@
+"""``python -m fastpo.info``: what this installation can run, and why the rest is off."""
+
+import importlib
+import os
+import pkgutil
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastpo
+import fastpo.kernels
+from fastpo.dispatch import Backend, Op
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "peft", "math-verify", "vllm")
+BUILD_HINT = "to build the C++ ops: install a C++ compiler, then  pip install --no-build-isolation .  in the checkout"
+
+
+def ops() -> list[Op]:
+    """Every op of ``kernels/``, found by looking: a folder with an ``op`` module that has an ``OP``."""
+    found = []
+    for module in sorted(pkgutil.iter_modules(fastpo.kernels.__path__), key=lambda m: m.name):
+        if not module.ispkg or module.name == "common":
+            continue
+        op = getattr(importlib.import_module(f"fastpo.kernels.{module.name}.op"), "OP", None)
+        if op is not None:
+            found.append(op)
+    return found
+
+
+def state(backend: Backend) -> str:
+    """"ready", or why this backend is off on this machine."""
+    if backend.device == "cuda" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "off: no CUDA device"
+    reason = backend.missing()
+    return "ready" if reason is None else f"off: {reason}"
+
+
+def backend_rows() -> list[tuple[str, str, str]]:
+    """(op, backend, state) of every backend of every op."""
+    return [(op.name, backend.name, state(backend)) for op in ops() for backend in op.backends]
+
+
+def hints(rows: list[tuple[str, str, str]]) -> list[str]:
+    """What to do about the backends that are off."""
+    found = []
+    if any(backend == "cpu" and status != "ready" for _, backend, status in rows):
+        found.append(f"CPU tensors run in plain PyTorch, several times slower: {BUILD_HINT}")
+    if torch.cuda.is_available() and any(b == "cuda" and status != "ready" for _, b, status in rows):
+        found.append("the CUDA C++ ops are off, Triton runs in their place: install with nvcc on PATH (FASTPO_BUILD=cuda)")
+    return found
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+def machine() -> str:
+    """Device, threads and instruction set, on one line."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return (
+        f"Python {platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {accelerator}"
+    )
+
+
+def main(_arguments: list[str] | None = None) -> int:
+    console = Console()
+    console.print(f"fastpo {fastpo.__version__}  |  {machine()}", highlight=False)
+    console.print("  ".join(f"{p} {installed(p)}" for p in PACKAGES), highlight=False)
+    forced = os.environ.get("FASTPO_BACKEND")
+    if forced:
+        console.print(f"FASTPO_BACKEND={forced}: every op runs on this backend or fails", highlight=False)
+    rows = backend_rows()
+    table = Table("op", "backend", "state", title="backends, in order of preference")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for hint in hints(rows):
+        console.print(f"- {hint}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
