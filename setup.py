@@ -1,8 +1,8 @@
-"""Builds ``fastpo._C`` (C++ ops, stable libtorch ABI), ``fastpo._cuda`` (CUDA ops, likewise) and ``fastpo._host`` (pybind11).
+"""Builds fastpo._C (C++ ops, stable libtorch ABI), fastpo._cuda (CUDA ops, likewise) and fastpo._host (pybind11).
 
-FASTPO_BUILD chooses what is compiled: ``none``, ``cpu``, ``cuda`` (cpu and cuda), or ``auto`` (the default): ``cuda`` where
-torch has CUDA and nvcc is found, ``cpu`` where there is a C++ compiler, ``none`` otherwise, said aloud. Only ``auto``
-chooses less than everything; a chosen build that fails, fails.
+FASTPO_BUILD chooses what is compiled: none, cpu, cuda (cpu and cuda), or auto (the default): cuda where torch has CUDA
+and nvcc is found, cpu where there is a C++ compiler, none otherwise, said aloud. Only auto chooses less than
+everything; a chosen build that fails, fails.
 """
 
 import os

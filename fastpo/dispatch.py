@@ -96,13 +96,14 @@ def always(*_args: Any) -> str | None:
 
 @cache
 def extension_missing(module: str) -> str | None:
-    """Why ``fastpo.<module>`` (``_C``, ``_cuda``, ``_host``) cannot be used, or None. Importing it registers its ops."""
+    """Why ``fastpo.<module>`` (_C, _cuda, _host) cannot be used, or None. Importing it registers its ops."""
     try:
         importlib.import_module(f"fastpo.{module}")
     except ImportError as error:
         built = any(spec.startswith(f"{module}.") for spec in _package_files())
         if not built:
-            return f"fastpo.{module} is not built (needs a {'CUDA' if module == '_cuda' else 'C++'} compiler at install)"
+            compiler = "CUDA" if module == "_cuda" else "C++"
+            return f"fastpo.{module} is not built (needs a {compiler} compiler at install)"
         return f"fastpo.{module} does not load: {str(error).splitlines()[0]}"
     return None
 

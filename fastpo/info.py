@@ -31,7 +31,7 @@ def ops() -> list[Op]:
 
 
 def state(backend: Backend) -> str:
-    """"ready", or why this backend is off on this machine."""
+    """The word ready, or why this backend is off on this machine."""
     if backend.device == "cuda" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "off: no CUDA device"
     reason = backend.missing()
@@ -49,7 +49,7 @@ def hints(rows: list[tuple[str, str, str]]) -> list[str]:
     if any(backend == "cpu" and status != "ready" for _, backend, status in rows):
         found.append(f"CPU tensors run in plain PyTorch, several times slower: {BUILD_HINT}")
     if torch.cuda.is_available() and any(b == "cuda" and status != "ready" for _, b, status in rows):
-        found.append("the CUDA C++ ops are off, Triton runs in their place: install with nvcc on PATH (FASTPO_BUILD=cuda)")
+        found.append("the CUDA C++ ops are off, Triton runs in their place: install with FASTPO_BUILD=cuda and nvcc")
     return found
 
 

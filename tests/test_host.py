@@ -1,4 +1,4 @@
-"""fastpo._host against brute force in Python: tries on random sequences that share prefixes, packings on random lengths."""
+"""fastpo._host against brute force in Python: tries on sequences that share prefixes, packings of random lengths."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,8 @@ def first_fit_decreasing(lengths, budget):
 
 @given(st.lists(st.integers(0, 20), max_size=40))
 def test_packing_equals_its_definition(lengths):
-    assert _host.first_fit_decreasing(np.array(lengths, dtype=np.int64), 20).tolist() == first_fit_decreasing(lengths, 20)
+    packed = _host.first_fit_decreasing(np.array(lengths, dtype=np.int64), 20)
+    assert packed.tolist() == first_fit_decreasing(lengths, 20)
 
 
 def test_packing_refuses_an_item_over_the_budget():

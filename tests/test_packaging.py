@@ -1,4 +1,4 @@
-"""What an installation promises: every way of importing works, and transformers is undisturbed in the repository root."""
+"""What an installation promises: every way of importing works, and transformers is undisturbed in the root."""
 
 import os
 import subprocess
@@ -41,8 +41,10 @@ def wheel(tmp_path_factory):
     subprocess.run(["cp", "-r", *files, str(source)], cwd=ROOT, check=True)
     for stale in (source / "fastpo").glob("*.so"):
         stale.unlink()
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
-    subprocess.run(build, check=True, env=os.environ | {"FASTPO_BUILD": "none"}, timeout=240, capture_output=True)
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    environment = os.environ | {"FASTPO_BUILD": "none"}
+    command = [*pip_wheel, "-w", str(out), str(source)]
+    subprocess.run(command, check=True, env=environment, timeout=240, capture_output=True)
     return next(out.glob("*.whl"))
 
 
