@@ -1,4 +1,4 @@
-"""Times every op against its peers: ``python benchmarks/run.py [--suite quick|full|gpu] [--device cpu|cuda] [--ops NAME ...]``.
+"""Times every op against its peers: ``python benchmarks/run.py [--suite quick|full|gpu] [--device cpu|cuda] [--ops ...]``.
 
 Each ``kernels/<op>/bench.py`` offers cases and implementations (fastpo, torch eager, torch.compile, and the peers that
 are installed: ``pip install .[peers]``). All of a case's implementations are checked to compute the same thing, then
@@ -21,9 +21,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import fastpo.kernels  # noqa: E402
 from measure import RESULTS, Row, append, interleaved, machine, peak_memory, percentile  # noqa: E402
 from verify import gate  # noqa: E402
+
+import fastpo.kernels  # noqa: E402
 
 
 def benches(names: list[str]) -> dict[str, ModuleType]:
