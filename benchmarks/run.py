@@ -1,4 +1,4 @@
-"""Times every op against its peers: ``python benchmarks/run.py [--suite quick|full|gpu] [--device cpu|cuda] [--ops ...]``.
+"""Times every op against its peers: ``python benchmarks/run.py [--suite quick|full|gpu] [--ops NAME ...]``.
 
 Each ``kernels/<op>/bench.py`` offers cases and implementations (fastpo, torch eager, torch.compile, and the peers that
 are installed: ``pip install .[peers]``). All of a case's implementations are checked to compute the same thing, then
