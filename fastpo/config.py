@@ -1,0 +1,335 @@
+"""One flat set of settings: defaults here, a YAML recipe over them, the command line over both.
+
+Every key is a field of one of the groups below, and a flag of the same name (``--num_samples`` or ``--num-samples``).
+A recipe is a flat YAML mapping of the same keys. Keys that may change from iteration to iteration are lists: one value
+per iteration, the last one repeats (``temperature: [0.8, 0.8, 1.3]``).
+"""
+
+import dataclasses
+import math
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastpo.errors import FastpoError, suggestion
+
+
+def _key(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class RunKeys:
+    _argument_group_name = "run"
+
+    output_dir: str = _key(
+        "runs/demo", "the run's directory; each stage writes its artefact here", aliases=["--output"]
+    )
+    seed: int = _key(0, "same seed, same machine: same artefacts bit for bit")
+    iterations: int = _key(3, "number of iterations; may be raised on a finished run to go on")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _key("no", "accelerate's autocast; weights stay in dtype")
+    tensorboard: bool = _key(True, "write output_dir/tensorboard")
+
+
+@dataclass
+class ModelKeys:
+    _argument_group_name = "model"
+
+    model: str = _key(
+        "embedded",
+        "path or Hub name of a causal LM; 'embedded': the built-in character-level Llama; 'tiny-llama': a new Llama of "
+        "the sizes below with a BPE tokenizer trained on the data",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "type of the weights")
+    vocab_size: int = _key(2048, "tiny-llama: entries of the BPE tokenizer")
+    hidden_size: int = _key(128, "tiny-llama: width")
+    num_layers: int = _key(4, "tiny-llama: layers")
+    num_heads: int = _key(4, "tiny-llama: attention heads")
+    context_length: int | None = _key(None, "longest prompt + response in tokens; none: what the model allows")
+
+
+@dataclass
+class DataKeys:
+    _argument_group_name = "data"
+
+    data: str | None = _key(
+        None,
+        'training prompts: JSONL of {"question" or "prompt", "answer"}; \'embedded\': generated word arithmetic',
+    )
+    eval_data: str | None = _key(None, "held-out prompts, same format; none: eval_prompts rows of data, not trained on")
+    preferences: str | None = _key(
+        None,
+        'JSONL of {"prompt", "chosen", "rejected", optional "weight"}: iteration 1 trains on these pairs instead of '
+        "sampling its own; further iterations need data",
+    )
+    eval_preferences: str | None = _key(None, "held-out pairs, same format: ranking accuracy and log-probs on them")
+    prompt_template: str = _key("{prompt}", "text given to the model, {prompt} being the question")
+    chat_template: bool = _key(False, "wrap prompts in the tokenizer's chat template (after prompt_template)")
+    skip_bad: bool = _key(False, "skip and count malformed lines and rows that do not fit; else stop at the first")
+
+
+@dataclass
+class WarmStartKeys:
+    _argument_group_name = "warm start (supervised, before iteration 1)"
+
+    warm_start: str | None = _key(
+        None,
+        'demonstrations: JSONL of {"prompt" or "question", "response" or "answer"}; \'embedded\': generated, some '
+        "worked step by step, some bare",
+    )
+    warm_start_examples: int = _key(20000, "embedded: number of demonstrations")
+    warm_start_steps: int = _key(2000, "optimizer steps")
+    warm_start_batch_size: int = _key(64, "demonstrations per step, over all processes")
+    warm_start_learning_rate: float = _key(2e-3, "peak learning rate")
+
+
+@dataclass
+class SamplingKeys:
+    _argument_group_name = "sampling"
+
+    prompts_per_iteration: int | None = _key(600, "prompts per iteration, fresh while data lasts; none: all of data")
+    num_samples: int = _key(8, "responses per prompt (N)")
+    max_new_tokens: int = _key(96, "longest response in tokens")
+    temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "per iteration"})
+    top_p: float = _key(1.0, "nucleus; 1: off")
+    top_k: int = _key(0, "0: off")
+    sample_batch_size: int = _key(512, "sequences generated at once")
+    sample_chunk: int = _key(64, "prompts per part file: what a kill while sampling costs at most")
+
+
+@dataclass
+class RewardKeys:
+    _argument_group_name = "reward"
+
+    reward: str = _key(
+        "math",
+        "'math' (final answers compared, math-verify where needed), or your own: 'package.module:function' or "
+        "'file.py:function', called with (prompt, response, row), returning a number",
+    )
+    on_reward_error: Literal["stop", "skip"] = _key(
+        "stop", "a reward that raises: stop and name the prompt, or leave that sample out and count it"
+    )
+
+
+@dataclass
+class PairKeys:
+    _argument_group_name = "pairs"
+
+    pair_rule: Literal["irpo", "scpo"] = _key(
+        "irpo", "irpo: right x wrong answers, cyclically; scpo: most x least consistent answer by vote"
+    )
+    pairs_per_prompt: int = _key(4, "irpo: at most this many pairs per prompt (K)")
+    win_threshold: float = _key(1.0, "irpo: a reward of at least this wins, a lower one loses")
+    gold_wins: bool = _key(False, "irpo: the data's own solution joins the winners")
+    vote_threshold: list[float] = field(
+        default_factory=lambda: [0.5, 0.7],
+        metadata={"help": "scpo, per iteration: a prompt counts if its best answer has at least this share of votes"},
+    )
+
+
+@dataclass
+class ObjectiveKeys:
+    _argument_group_name = "objective"
+
+    objective: str = _key("irpo", "a preset of fastpo.objectives: irpo, scpo, dpo, cdpo, ipo, hinge, simpo, rpo, ...")
+    beta: float | None = _key(None, "strength of the reference; none: the preset's")
+    alpha: float | None = _key(None, "weight of the NLL term; none: the preset's")
+
+
+@dataclass
+class TrainingKeys:
+    _argument_group_name = "training"
+
+    learning_rate: float = _key(2e-4, "peak learning rate")
+    lr_schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "after warmup_steps of linear warm-up")
+    warmup_steps: int = _key(0, "steps of linear warm-up")
+    batch_size: int = _key(64, "pairs per optimizer step, over all processes")
+    max_steps: int | None = _key(None, "optimizer steps per iteration at most; none: num_epochs over the pairs")
+    num_epochs: float = _key(1.0, "passes over the pairs of an iteration")
+    weight_decay: float = _key(0.0, "AdamW")
+    max_grad_norm: float = _key(1.0, "gradient clipping; 0: off")
+    micro_batch_tokens: int = _key(16384, "tokens per forward; a batch is split into as many as it takes")
+    gradient_checkpointing: bool = _key(False, "recompute activations in the backward")
+    checkpoint_steps: int = _key(100, "steps between checkpoints: what a kill while training costs at most")
+
+
+@dataclass
+class EvaluationKeys:
+    _argument_group_name = "evaluation"
+
+    eval_prompts: int = _key(500, "held-out problems, answered greedily")
+    report_samples: int = _key(4, "responses per iteration shown in the report")
+
+
+GROUPS = (
+    RunKeys,
+    ModelKeys,
+    DataKeys,
+    WarmStartKeys,
+    SamplingKeys,
+    RewardKeys,
+    PairKeys,
+    ObjectiveKeys,
+    TrainingKeys,
+    EvaluationKeys,
+)
+
+# A resumed run may differ in these: they say where, how far and how it is watched, not what is computed.
+FREE_KEYS = frozenset({"output_dir", "iterations", "tensorboard", "report_samples", "checkpoint_steps"})
+
+
+@dataclass
+class Config(
+    EvaluationKeys,
+    TrainingKeys,
+    ObjectiveKeys,
+    PairKeys,
+    RewardKeys,
+    SamplingKeys,
+    WarmStartKeys,
+    DataKeys,
+    ModelKeys,
+    RunKeys,
+):
+    """All settings of a run: ``Config()``, ``Config.load(recipe)`` or the command line. Checked on construction."""
+
+    def __post_init__(self) -> None:
+        for check, message in _CHECKS:
+            if not check(self):
+                raise FastpoError(message.format(**dataclasses.asdict(self)))
+
+    @staticmethod
+    def load(path: str | Path, **overrides: Any) -> "Config":
+        """Defaults, then the recipe at ``path``, then ``overrides``."""
+        return Config(**{**read_recipe(path), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key in the order of the groups."""
+        return {name: getattr(self, name) for name in key_types()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    def at(self, key: str, iteration: int) -> Any:
+        """The value of a per-iteration list in ``iteration`` (from 1); the last one repeats."""
+        values = getattr(self, key)
+        return values[min(iteration, len(values)) - 1]
+
+
+_CHECKS = [
+    (lambda c: c.iterations >= 0, "iterations is {iterations}; it should be 0 or more"),
+    (lambda c: c.num_samples >= 1, "num_samples is {num_samples}; it should be at least 1"),
+    (lambda c: c.max_new_tokens >= 1, "max_new_tokens is {max_new_tokens}; it should be at least 1"),
+    (
+        lambda c: c.prompts_per_iteration is None or c.prompts_per_iteration >= 1,
+        "prompts_per_iteration is {prompts_per_iteration}; it should be at least 1, or none for all of data",
+    ),
+    (
+        lambda c: c.temperature and all(t >= 0 and math.isfinite(t) for t in c.temperature),
+        "temperature is {temperature}; it should be one or more numbers >= 0",
+    ),
+    (lambda c: 0 < c.top_p <= 1, "top_p is {top_p}; it should be in (0, 1]"),
+    (lambda c: c.top_k >= 0, "top_k is {top_k}; it should be 0 (off) or more"),
+    (lambda c: c.sample_batch_size >= 1, "sample_batch_size is {sample_batch_size}; it should be at least 1"),
+    (lambda c: c.sample_chunk >= 1, "sample_chunk is {sample_chunk}; it should be at least 1"),
+    (lambda c: c.pairs_per_prompt >= 1, "pairs_per_prompt is {pairs_per_prompt}; it should be at least 1"),
+    (
+        lambda c: c.vote_threshold and all(0 <= t <= 1 for t in c.vote_threshold),
+        "vote_threshold is {vote_threshold}; it should be one or more shares in [0, 1]",
+    ),
+    (lambda c: c.beta is None or c.beta > 0, "beta is {beta}; it should be above 0"),
+    (lambda c: c.alpha is None or c.alpha >= 0, "alpha is {alpha}; it should be 0 or more"),
+    (lambda c: c.batch_size >= 1, "batch_size is {batch_size}; it should be at least 1"),
+    (lambda c: c.learning_rate > 0, "learning_rate is {learning_rate}; it should be above 0"),
+    (lambda c: c.num_epochs > 0, "num_epochs is {num_epochs}; it should be above 0"),
+    (lambda c: c.max_steps is None or c.max_steps >= 1, "max_steps is {max_steps}; it should be at least 1, or none"),
+    (lambda c: c.micro_batch_tokens >= 1, "micro_batch_tokens is {micro_batch_tokens}; it should be at least 1"),
+    (lambda c: c.checkpoint_steps >= 1, "checkpoint_steps is {checkpoint_steps}; it should be at least 1"),
+    (lambda c: c.warm_start_steps >= 0, "warm_start_steps is {warm_start_steps}; it should be 0 or more"),
+    (
+        lambda c: "{prompt}" in c.prompt_template,
+        "prompt_template is {prompt_template!r}; it should hold {{prompt}}, where the question goes",
+    ),
+    (
+        lambda c: c.hidden_size % (2 * c.num_heads) == 0,
+        "hidden_size is {hidden_size}; it should be a multiple of twice num_heads ({num_heads})",
+    ),
+]
+
+
+def key_types() -> dict[str, Any]:
+    """Key -> its type, in the order of the groups."""
+    return {f.name: get_type_hints(group)[f.name] for group in GROUPS for f in dataclasses.fields(group)}
+
+
+def recipe_path(name: str | Path) -> Path:
+    """A recipe file, or a shipped recipe by its bare name (``irpo``)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).parent
+    folders = [f for f in (package.parent / "recipes", package / "recipes") if f.is_dir()]
+    shipped = {p.stem: p for folder in folders for p in sorted(folder.glob("*.yaml"))}
+    if path.stem in shipped and path.parent in (Path("."), Path("recipes")):
+        return shipped[path.stem]
+    hint = suggestion(path.stem, list(shipped))
+    raise FastpoError(f"recipe {name} not found{hint} (shipped: {', '.join(sorted(shipped))})")
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The keys of a recipe, checked: known names (the nearest is suggested), values of the key's type."""
+    path = recipe_path(name)
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise FastpoError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise FastpoError(f"{path}: a {type(loaded).__name__}, it should be a mapping of keys to values")
+    known = key_types()
+    values = {}
+    for key, value in loaded.items():
+        key_name = str(key).replace("-", "_")
+        if key_name not in known:
+            raise FastpoError(f"{path}: unknown key {key!r}{suggestion(str(key), list(known))}")
+        values[key_name] = _coerce(value, known[key_name], f"{path}: {key}")
+    return values
+
+
+def _coerce(value: Any, wanted: Any, where: str) -> Any:
+    """``value`` as type ``wanted``. YAML reads 2e-4 as text and 1 as an integer: both are numbers here."""
+    origin, args = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        value = {False: "no", True: "yes"}.get(value, value) if isinstance(value, bool) else value  # YAML's bare no
+        if value not in args:
+            raise FastpoError(f"{where} is {value!r}; it should be one of {', '.join(args)}")
+        return value
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [_coerce(item, args[0], where) for item in items]
+    if wanted is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
+        return value
+    raise FastpoError(f"{where} is {value!r}; it should be {_describe(wanted)}")
+
+
+def _describe(wanted: Any) -> str:
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[wanted]
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """``key: old -> new`` for each key on which a resumed run may not differ and does."""
+    names = sorted((old.keys() | new.keys()) - FREE_KEYS)
+    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
