@@ -1,0 +1,24 @@
+"""For every test: uninitialised memory is poisoned with NaN, torch runs its deterministic algorithms, no hub is asked."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Timing never decides a test, so hypothesis keeps no deadline; derandomised, so that a red run can be repeated.
+settings.register_profile("fastpo", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("fastpo")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN, so that an output that a kernel forgot to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
