@@ -1,0 +1,121 @@
+"""The embedded default: a task, a tokenizer and a model that need no download.
+
+Word arithmetic in GSM8K's format: a short story of sums and differences, an answer worked step by step, the result behind
+``####``. A model warm-started on demonstrations of which only some are worked (all are right) has seen good and bad habits,
+as a pretrained model has; verified samples tell them apart, more of the same supervision does not.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PROMPT_TEMPLATE = "{prompt}\n"
+SPLITS = ("warm_start", "train", "test")
+_TEST_SHARE = 8  # one question in so many belongs to the test split, by its checksum: the splits can never overlap
+
+_NAMES = ("Ann", "Ben", "Eva", "Ian", "Leo", "Mia", "Sam", "Zoe")
+_ITEMS = ("pens", "cups", "nuts", "figs", "keys", "eggs", "hats", "toys")
+_GAINS = ("gets", "buys", "wins")
+_LOSSES = ("eats", "loses", "sells")
+_LARGEST = 20
+_TERMS = (3, 4)
+
+
+def problems(seed: int, n: int, split: str = "train") -> list[dict[str, str]]:
+    """``n`` rows ``{"question", "answer"}``, every answer worked, in GSM8K's format. The same rows for the same arguments.
+
+    ``test`` never shares a question with the other splits, whatever the seeds; ``warm_start`` and ``train`` are different streams.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it should be one of {', '.join(SPLITS)}")
+    if n < 0:
+        raise ValueError(f"n is {n}; it should be 0 or more")
+    stream = _stream(random.Random(f"{split}/{seed}"), test=split == "test")
+    return [next(stream) for _ in range(n)]
+
+
+def demonstrations(seed: int, n: int, worked_share: float = 0.4) -> list[dict[str, str]]:
+    """``n`` rows of the warm start: right answers of mixed quality, ``worked_share`` of them worked, the others bare."""
+    if not 0 <= worked_share <= 1:
+        raise ValueError(f"worked_share is {worked_share}; it should be between 0 and 1")
+    rng = random.Random(f"quality/{seed}")
+    rows = problems(seed, n, "warm_start")
+    return [row if rng.random() < worked_share else {**row, "answer": bare(row["answer"])} for row in rows]
+
+
+def bare(answer: str) -> str:
+    """The last line of a worked answer: ``#### N``."""
+    return answer[answer.index("#### ") :]
+
+
+def is_worked(response: str) -> bool:
+    """Whether a response shows at least one step before its ``####``."""
+    return "=" in response.split("####")[0]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte (ids 0..255), then ``<pad>`` 256 and ``<eos>`` 257. Every text is encoded, and decoded, exactly."""
+    alphabet = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<pad>", special=True), AddedToken("<eos>", special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaForCausalLM:
+    """A Llama of some 0.5 million parameters (fp32, CPU) for ``tokenizer``, initialised from ``seed`` alone."""
+    tokenizer = tokenizer or build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def _stream(rng: random.Random, test: bool) -> Iterator[dict[str, str]]:
+    while True:
+        row = _problem(rng)
+        if (zlib.crc32(row["question"].encode()) % _TEST_SHARE == 0) == test:
+            yield row
+
+
+def _problem(rng: random.Random) -> dict[str, str]:
+    name, item = rng.choice(_NAMES), rng.choice(_ITEMS)
+    total = rng.randint(1, _LARGEST)
+    story, steps = [f"{name} has {total} {item}"], []
+    for _ in range(rng.choice(_TERMS) - 1):
+        amount = rng.randint(1, _LARGEST)
+        gains = amount > total or rng.random() < 0.5
+        after = total + amount if gains else total - amount
+        story.append(f"{rng.choice(_GAINS if gains else _LOSSES)} {amount}")
+        steps.append(f"{total}{'+' if gains else '-'}{amount}={after}\n")
+        total = after
+    question = f"{', '.join(story[:-1])} and {story[-1]}. How many {item}?"
+    return {"question": question, "answer": "".join(steps) + f"#### {total}"}
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that the byte-level pre-tokenizer writes for each byte 0..255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [symbols[byte] for byte in range(256)]

@@ -1,0 +1,225 @@
+"""Loading and saving models, and the log-probs of responses: the body over whole sequences, the LM head on response rows only."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastpo import token_logprobs
+from fastpo.errors import FastpoError
+
+PromptResponse = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt, token ids of a response to it
+
+
+def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
+    """A causal LM of transformers from a directory or Hub name, in eval mode, on the CPU."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    except (OSError, ValueError) as error:
+        raise FastpoError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. One without a padding token pads with its end-of-sequence token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise FastpoError(f"tokenizer {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise FastpoError(f"tokenizer {path} has no end-of-sequence token; responses could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest prompt + response in tokens, where the model's config tells."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        length = getattr(model.config, name, None)
+        if isinstance(length, int):
+            return length
+    return None
+
+
+def check_sequences(sequences: Sequence[PromptResponse], context: int | None, name: str) -> None:
+    """One line for the first of ``sequences`` that cannot be scored: nothing in it, or longer than the model's context."""
+    for i, (prompt, response) in enumerate(sequences):
+        if not len(prompt) or not len(response):
+            part = "response" if len(prompt) else "prompt"
+            raise FastpoError(f"{name}[{i}] has an empty {part}; it should hold at least one token")
+        if context is not None and len(prompt) + len(response) > context:
+            raise FastpoError(
+                f"{name}[{i}] has {len(prompt)} + {len(response)} tokens (prompt + response); "
+                f"it should have at most {context}, the model's context"
+            )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences right-padded to one width. A causal model never looks right, so the padding needs no attention mask.
+
+    B sequences of at most L + 1 tokens; R response tokens altogether, packed in the order of the sequences.
+    """
+
+    input_ids: Tensor  # [B, L] int64; each sequence without its last token, which predicts nothing
+    rows: Tensor  # [R] int64, into B*L: the position that predicts each response token
+    labels: Tensor  # [R] int64, the response tokens
+    cu_seqlens: Tensor  # [B+1] int64; response i owns the R-range cu_seqlens[i]:cu_seqlens[i+1]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def collate(sequences: Sequence[PromptResponse]) -> Batch:
+    """A batch of (prompt, response) pairs of token ids, neither of them empty."""
+    width = max(len(prompt) + len(response) for prompt, response in sequences) - 1
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    rows, labels, lengths = [], [], [0]
+    for i, (prompt, response) in enumerate(sequences):
+        tokens = torch.tensor([*prompt, *response])
+        input_ids[i, : len(tokens) - 1] = tokens[:-1]
+        first = i * width + len(prompt) - 1
+        rows.append(torch.arange(first, first + len(response)))
+        labels.append(tokens[len(prompt) :])
+        lengths.append(len(response))
+    return Batch(input_ids, torch.cat(rows), torch.cat(labels), torch.tensor(lengths).cumsum(0))
+
+
+def split_by_tokens(lengths: Sequence[int], budget: int, multiple: int = 1) -> Iterator[list[int]]:
+    """Indices in groups whose padded size (longest x number) stays within ``budget`` tokens per process, longest first.
+
+    With ``multiple`` processes a group is dealt out among them: it may hold ``multiple`` times as many sequences.
+    A group holds at least ``multiple`` sequences, however long they are.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        number = multiple * max(1, budget // lengths[order[start]])
+        yield order[start : start + number]
+        start += number
+
+
+class ResponseScorer(nn.Module):
+    """Log-probs of response tokens under ``model``, as a module that accelerate can wrap (DDP, FSDP2).
+
+    ``scorer(batch, stats)`` is, in plain PyTorch::
+
+        logits = model(batch.input_ids).logits.flatten(0, 1)[batch.rows]          # [R, V]
+        return token_logprobs(logits, batch.labels, stats=stats)                   # [R] fp32, and the statistics if any
+
+    but the LM head sees the R response rows only. A model that does more to its logits than its head does (a softcap, a
+    scale) is found out by comparing both ways on a few tokens; its own ``forward`` then makes the logits, from the
+    first response column on. ``head`` says which it is: ``"rows"`` or ``"columns"``.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.head = "rows" if _head_is_plain(model) else "columns"
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # where FSDP's wrapping policy looks
+
+    def forward(self, batch: Batch, stats: tuple[str, ...] = ()) -> Any:
+        logits = self._from_rows(batch) if self.head == "rows" else self._from_columns(batch)  # [R, V]
+        return token_logprobs(logits, batch.labels, stats=stats)
+
+    def _from_rows(self, batch: Batch) -> Tensor:
+        body, head = _body_and_head(self.model)
+        hidden = body(input_ids=batch.input_ids, use_cache=False)[0]  # [B, L, H]
+        return head(hidden.flatten(0, 1).index_select(0, batch.rows))
+
+    def _from_columns(self, batch: Batch) -> Tensor:
+        width = batch.input_ids.shape[1]
+        kept, keep = width, {}
+        if "logits_to_keep" in inspect.signature(_unwrapped(self.model).forward).parameters:
+            kept = width - int((batch.rows % width).min())
+            keep = {"logits_to_keep": kept}
+        logits = self.model(input_ids=batch.input_ids, use_cache=False, **keep).logits  # [B, kept, V]
+        return logits[batch.rows // width, batch.rows % width - (width - kept)]
+
+
+def response_logps(
+    model: nn.Module,
+    sequences: Sequence[PromptResponse],
+    *,
+    micro_batch_tokens: int = 16384,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the responses' tokens under ``model``, without gradient: ``(logps [T] fp32, cu_seqlens [S+1] int64)``.
+
+    Packed in the order of ``sequences``, on the CPU. At most ``micro_batch_tokens`` tokens, padding included, go through the
+    model at once. With an ``accelerator`` the sequences are shared out among its processes, each gets the whole result, and its
+    mixed precision applies, so that a reference equals the policy at the start of training.
+
+    Cost: one forward of the body over the sequences, and the LM head on the response tokens only.
+
+    Raises FastpoError for an empty prompt or response and for a sequence longer than the model's context, before any work.
+    """
+    check_sequences(sequences, context_length(model), "sequences")
+    accelerator = accelerator or Accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    device = next(model.parameters()).device
+    scorer = ResponseScorer(model)
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in sequences]
+    cu_seqlens = torch.tensor([0, *(len(response) for _, response in sequences)]).cumsum(0)
+    logps = torch.zeros(int(cu_seqlens[-1]))  # [T]
+    was_training = model.training
+    model.eval()
+    try:
+        for group in split_by_tokens(lengths, micro_batch_tokens, world):
+            mine = group[rank::world]
+            if mine:
+                batch = collate([sequences[i] for i in mine]).to(device)
+                with torch.no_grad(), accelerator.autocast():
+                    scored = scorer(batch).cpu()  # [R]
+                targets = torch.cat([torch.arange(*cu_seqlens[i : i + 2].tolist()) for i in mine])  # [R]
+                logps[targets] = scored
+            if progress is not None:
+                progress(len(group))
+    finally:
+        model.train(was_training)
+    if world > 1:  # every process holds zeros where the others scored
+        logps = accelerator.reduce(logps.to(accelerator.device)).cpu()
+    return logps, cu_seqlens
+
+
+def save_model(model: nn.Module, directory: str | Path, accelerator: Accelerator | None = None) -> None:
+    """``save_pretrained`` of a model that may be sharded (FSDP2). Call it on every process; the main one writes."""
+    accelerator = accelerator or Accelerator()
+    state = accelerator.get_state_dict(model) if accelerator.num_processes > 1 else None
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(directory, state_dict=state)
+    accelerator.wait_for_everyone()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft one (whose adapters live in its layers), else the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    model = _unwrapped(model)
+    return model.base_model, model.get_output_embeddings()
+
+
+@torch.no_grad()
+def _head_is_plain(model: nn.Module) -> bool:
+    """Whether the logits are the LM head on the body's last hidden states and nothing else, to the bit, on a few tokens."""
+    body, head = _body_and_head(model)
+    if head is None or body is _unwrapped(model):
+        return False
+    vocabulary = model.config.get_text_config().vocab_size
+    input_ids = torch.arange(1, 5, device=next(model.parameters()).device)[None] % vocabulary  # [1, 4]
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = body(input_ids=input_ids, use_cache=False)[0]
+        return torch.equal(head(hidden), model(input_ids=input_ids, use_cache=False).logits)
+    finally:
+        model.train(was_training)
