@@ -1,8 +1,8 @@
 """The embedded default: a task, a tokenizer and a model that need no download.
 
-Word arithmetic in GSM8K's format: a short story of sums and differences, an answer worked step by step, the result behind
-``####``. A model warm-started on demonstrations of which only some are worked (all are right) has seen good and bad habits,
-as a pretrained model has; verified samples tell them apart, more of the same supervision does not.
+Word arithmetic in GSM8K's format: a short story of sums and differences, an answer worked step by step, the result
+behind ``####``. A model warm-started on demonstrations of which only some are worked (all are right) has seen good and
+bad habits, as a pretrained model has; verified samples tell them apart, more of the same supervision does not.
 """
 
 import random
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastpo.errors import FastpoError
 
 PROMPT_TEMPLATE = "{prompt}\n"
 SPLITS = ("warm_start", "train", "test")
@@ -26,22 +28,23 @@ _TERMS = (3, 4)
 
 
 def problems(seed: int, n: int, split: str = "train") -> list[dict[str, str]]:
-    """``n`` rows ``{"question", "answer"}``, every answer worked, in GSM8K's format. The same rows for the same arguments.
+    """``n`` rows ``{"question", "answer"}``, every answer worked, in GSM8K's format; a pure function of the arguments.
 
-    ``test`` never shares a question with the other splits, whatever the seeds; ``warm_start`` and ``train`` are different streams.
+    ``test`` never shares a question with the other splits, whatever the seeds; ``warm_start`` and ``train`` are
+    different streams.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it should be one of {', '.join(SPLITS)}")
+        raise FastpoError(f"split is {split!r}; it should be one of {', '.join(SPLITS)}")
     if n < 0:
-        raise ValueError(f"n is {n}; it should be 0 or more")
+        raise FastpoError(f"n is {n}; it should be 0 or more")
     stream = _stream(random.Random(f"{split}/{seed}"), test=split == "test")
     return [next(stream) for _ in range(n)]
 
 
 def demonstrations(seed: int, n: int, worked_share: float = 0.4) -> list[dict[str, str]]:
-    """``n`` rows of the warm start: right answers of mixed quality, ``worked_share`` of them worked, the others bare."""
+    """``n`` rows of the warm start: right answers, about ``worked_share`` of them worked, the others bare."""
     if not 0 <= worked_share <= 1:
-        raise ValueError(f"worked_share is {worked_share}; it should be between 0 and 1")
+        raise FastpoError(f"worked_share is {worked_share}; it should be between 0 and 1")
     rng = random.Random(f"quality/{seed}")
     rows = problems(seed, n, "warm_start")
     return [row if rng.random() < worked_share else {**row, "answer": bare(row["answer"])} for row in rows]
@@ -58,7 +61,7 @@ def is_worked(response: str) -> bool:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte (ids 0..255), then ``<pad>`` 256 and ``<eos>`` 257. Every text is encoded, and decoded, exactly."""
+    """One token per byte (ids 0..255), then ``<pad>`` 256 and ``<eos>`` 257. Every text survives the round trip."""
     alphabet = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""Loading and saving models, and the log-probs of responses: the body over whole sequences, the LM head on response rows only."""
+"""Loading and saving models; log-probs of responses: the body over whole sequences, the LM head on response rows only."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastpo import token_logprobs
 from fastpo.errors import FastpoError
+from fastpo.kernels.token_logprobs import token_logprobs
 
 PromptResponse = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt, token ids of a response to it
 
@@ -38,7 +38,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """The longest prompt + response in tokens, where the model's config tells."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         length = getattr(model.config, name, None)
@@ -48,7 +48,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def check_sequences(sequences: Sequence[PromptResponse], context: int | None, name: str) -> None:
-    """One line for the first of ``sequences`` that cannot be scored: nothing in it, or longer than the model's context."""
+    """One line for the first of ``sequences`` that cannot be scored: an empty part, or longer than the context."""
     for i, (prompt, response) in enumerate(sequences):
         if not len(prompt) or not len(response):
             part = "response" if len(prompt) else "prompt"
@@ -118,7 +118,7 @@ class ResponseScorer(nn.Module):
     first response column on. ``head`` says which it is: ``"rows"`` or ``"columns"``.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         self.head = "rows" if _head_is_plain(model) else "columns"
@@ -144,22 +144,22 @@ class ResponseScorer(nn.Module):
 
 
 def response_logps(
-    model: nn.Module,
+    model: PreTrainedModel,
     sequences: Sequence[PromptResponse],
     *,
     micro_batch_tokens: int = 16384,
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the responses' tokens under ``model``, without gradient: ``(logps [T] fp32, cu_seqlens [S+1] int64)``.
+    """Log-probs of the responses' tokens, without gradient: ``(logps [T] fp32, cu_seqlens [S+1] int64)``, on the CPU.
 
-    Packed in the order of ``sequences``, on the CPU. At most ``micro_batch_tokens`` tokens, padding included, go through the
-    model at once. With an ``accelerator`` the sequences are shared out among its processes, each gets the whole result, and its
-    mixed precision applies, so that a reference equals the policy at the start of training.
+    Packed in the order of ``sequences``. At most ``micro_batch_tokens`` tokens, padding included, go through the model
+    at once. With an ``accelerator`` the sequences are shared out among its processes, each gets the whole result, and
+    its mixed precision applies, so that a reference equals the policy at the start of training.
 
     Cost: one forward of the body over the sequences, and the LM head on the response tokens only.
 
-    Raises FastpoError for an empty prompt or response and for a sequence longer than the model's context, before any work.
+    Raises FastpoError for an empty prompt or response and for a sequence longer than the context, before any work.
     """
     check_sequences(sequences, context_length(model), "sequences")
     accelerator = accelerator or Accelerator()
@@ -198,19 +198,19 @@ def save_model(model: nn.Module, directory: str | Path, accelerator: Accelerator
     accelerator.wait_for_everyone()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The transformers model inside a peft one (whose adapters live in its layers), else the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _body_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+def _body_and_head(model: Any) -> tuple[Any, Any]:
     model = _unwrapped(model)
     return model.base_model, model.get_output_embeddings()
 
 
 @torch.no_grad()
-def _head_is_plain(model: nn.Module) -> bool:
-    """Whether the logits are the LM head on the body's last hidden states and nothing else, to the bit, on a few tokens."""
+def _head_is_plain(model: Any) -> bool:
+    """Whether the logits are the LM head on the body's last hidden states, to the bit, on a few tokens."""
     body, head = _body_and_head(model)
     if head is None or body is _unwrapped(model):
         return False

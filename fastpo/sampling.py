@@ -1,7 +1,7 @@
 """Sampling many responses per prompt from any causal LM of transformers.
 
-A prompt is prefilled once and its keys and values are then repeated for its samples; a row leaves the batch when it is
-finished. Each sample draws its random numbers from a stream of its own, so a result never depends on what else is in the batch.
+A prompt is prefilled once and its keys and values are then repeated for its samples; rows leave the batch when they
+are finished. Each prompt has random numbers of its own, so a result never depends on what else is in the batch.
 """
 
 import inspect
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from fastpo.errors import FastpoError
+from fastpo.models import context_length
 
 _COMPACT_BELOW = 0.8  # finished rows leave the batch when this share or less of its rows is still running
 
@@ -32,7 +35,7 @@ class _Request:
 
 
 def generate(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
     num_samples: int = 1,
@@ -49,21 +52,21 @@ def generate(
     """``num_samples`` responses to each of ``prompts`` (token ids), as ``[prompt][sample] -> token ids``.
 
     A response ends with ``eos_token_id`` where it stopped there, and without it where ``max_new_tokens`` cut it off.
-    ``temperature=0`` is greedy. ``top_k`` (0: off) and ``top_p`` (1: off) restrict the sampled distribution, in this order, at
-    the temperature. ``batch_size`` is the number of rows (prompts x samples) decoded together; ``progress`` is told how many prompts
-    each finished batch held.
+    ``temperature=0`` is greedy. ``top_k`` (0: off) and ``top_p`` (1: off) restrict the sampled distribution, in this
+    order, at the temperature. ``batch_size`` is the number of rows (prompts x samples) decoded together; ``progress``
+    is told how many prompts each finished batch held.
 
-    Sample j of prompt i inverts the cumulative distribution at uniform numbers drawn from ``(seed, i)`` alone: the result depends
-    on the batch size only as far as floating-point sums do.
+    Sample j of prompt i inverts the cumulative distribution at uniform numbers drawn from ``(seed, i)`` alone: the
+    result depends on the batch size only as far as floating-point sums do.
 
-    Cost: one forward over the padded prompts, then one forward per token over the rows still running. Memory: the keys and
-    values of ``batch_size`` rows.
+    Cost: one forward over the padded prompts, then one forward per token over the rows still running. Memory: the keys
+    and values of ``batch_size`` rows.
 
-    Raises ValueError for an empty prompt, for one that leaves no room for ``max_new_tokens`` in the model's context, and for
-    settings out of range, before any work.
+    Raises FastpoError for an empty prompt, for one that leaves no room for ``max_new_tokens`` in the model's context,
+    and for settings out of range, before any work.
     """
     request = _Request(num_samples, max_new_tokens, temperature, top_p, top_k, eos_token_id, pad_token_id, seed)
-    _check(request, batch_size, prompts, getattr(model.config, "max_position_embeddings", None))
+    _check(request, batch_size, prompts, context_length(model))
     responses: list[list[list[int]]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
@@ -83,20 +86,20 @@ def generate(
 def _check(request: _Request, batch_size: int, prompts: Sequence[Sequence[int]], context: int | None) -> None:
     for name in ("num_samples", "max_new_tokens"):
         if getattr(request, name) < 1:
-            raise ValueError(f"{name} is {getattr(request, name)}; it should be 1 or more")
+            raise FastpoError(f"{name} is {getattr(request, name)}; it should be 1 or more")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it should be 1 or more")
+        raise FastpoError(f"batch_size is {batch_size}; it should be 1 or more")
     if not 0 <= request.temperature < float("inf"):
-        raise ValueError(f"temperature is {request.temperature}; it should be 0 (greedy) or more")
+        raise FastpoError(f"temperature is {request.temperature}; it should be 0 (greedy) or more")
     if not 0 < request.top_p <= 1:
-        raise ValueError(f"top_p is {request.top_p}; it should be above 0 and at most 1")
+        raise FastpoError(f"top_p is {request.top_p}; it should be above 0 and at most 1")
     if request.top_k < 0:
-        raise ValueError(f"top_k is {request.top_k}; it should be 0 (off) or more")
+        raise FastpoError(f"top_k is {request.top_k}; it should be 0 (off) or more")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompts[{i}] is empty; it should hold at least one token")
+            raise FastpoError(f"prompts[{i}] is empty; it should hold at least one token")
         if context is not None and len(prompt) + request.max_new_tokens > context:
-            raise ValueError(
+            raise FastpoError(
                 f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens={request.max_new_tokens} "
                 f"it should have at most {context - request.max_new_tokens} (the model's context is {context})"
             )
@@ -110,7 +113,7 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]
 
 
 def _generate_batch(
-    model: nn.Module, indices: list[int], prompts: list[Sequence[int]], request: _Request
+    model: PreTrainedModel, indices: list[int], prompts: list[Sequence[int]], request: _Request
 ) -> list[list[list[int]]]:
     device = next(model.parameters()).device
     accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -157,7 +160,7 @@ def _generate_batch(
 
 
 def _until(row: list[int], eos_token_id: int) -> list[int]:
-    """A row up to its first end of sequence, that included: what a finished row still drew before it left the batch goes."""
+    """A row up to and with its first end of sequence; behind it is what it drew before it left the batch."""
     return row[: row.index(eos_token_id) + 1] if eos_token_id in row else row
 
 
@@ -207,7 +210,7 @@ def _restrict(logits: Tensor, request: _Request) -> Tensor:
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """A growing cache layer that writes into room reserved once, where transformers' own copies the whole cache per token."""
+    """A cache layer that writes into room reserved once; transformers' own copies the whole cache for each token."""
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -242,7 +245,7 @@ class _PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _new_cache(model: nn.Module, capacity: int) -> DynamicCache:
+def _new_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [_PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

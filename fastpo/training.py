@@ -1,0 +1,310 @@
+"""The two training stages: supervised (warm start) and preference. One optimizer loop serves both.
+
+A stage is a function of its inputs and ``config``: data order comes from the seed and the step, the learning rate from the
+step. Checkpoints (model, optimizer, random states, history) let a killed stage go on where it was, with the same result to the bit.
+"""
+
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fastpo import preference_loss
+from fastpo.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from fastpo.errors import FastpoError
+from fastpo.models import PromptResponse, ResponseScorer, check_sequences, collate, context_length, split_by_tokens
+from fastpo.objectives import Objective
+from fastpo.pairs import PairRecord
+from fastpo.types import Pairs, Segments
+
+Record = dict[str, float]  # what one step measured
+Log = Callable[[Record], None]
+STATS = ("entropy", "topk_mass")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training stage. A batch counts examples (or pairs) over all processes and micro-batches."""
+
+    learning_rate: float
+    batch_size: int = 64
+    num_epochs: float | None = 1.0  # passes over the data; the stage ends here or at max_steps, whichever is first
+    max_steps: int | None = None  # optimizer steps
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # down to 0 at the last step
+    warmup_steps: int = 0
+    weight_decay: float = 0.0  # on matrices; norms and biases have none
+    max_grad_norm: float = 1.0  # 0: off
+    micro_batch_tokens: int = 16384  # tokens, padding included, in one forward of one process
+    gradient_checkpointing: bool = False
+    checkpoint_steps: int = 100
+    seed: int = 0
+
+    def num_steps(self, num_items: int) -> int:
+        """Optimizer steps over ``num_items`` examples."""
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.num_epochs is not None:
+            limits.append(math.ceil(self._num_draws(num_items) / self.batch_size))
+        if not limits:
+            raise FastpoError("num_epochs and max_steps are both none; one of them should say when training ends")
+        return min(limits)
+
+    def _num_draws(self, num_items: int) -> int:
+        return round(self.num_epochs * num_items) if self.num_epochs is not None else 0
+
+    def batches(self, num_items: int) -> list[list[int]]:
+        """The items of each step: one permutation per epoch, drawn from ``seed``, cut into batches across epochs."""
+        steps = self.num_steps(num_items)
+        draws = steps * self.batch_size
+        if self.num_epochs is not None:
+            draws = min(draws, self._num_draws(num_items))
+        generator = torch.Generator().manual_seed(self.seed)
+        epochs = [torch.randperm(num_items, generator=generator) for _ in range(math.ceil(draws / num_items))]
+        order = torch.cat(epochs)[:draws].tolist()
+        return [order[start : start + self.batch_size] for start in range(0, draws, self.batch_size)]
+
+    def lr(self, step: int, num_steps: int) -> float:
+        """The learning rate of ``step`` (from 0)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+        factors = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return self.learning_rate * factors[self.lr_schedule]
+
+
+class Task(Protocol):
+    """What the optimizer loop needs to know of a stage."""
+
+    lengths: list[int]  # tokens of each item with its padding, for the split into micro-batches
+
+    def normalizer(self, items: Sequence[int]) -> float:
+        """What the summed loss of a batch is divided by."""
+
+    def loss(self, scorer: nn.Module, items: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The summed loss [] of some items, with gradient, and the sums [K] that ``record`` turns into means."""
+
+    def record(self, sums: list[float]) -> Record:
+        """Means over a batch from the summed values of all its micro-batches."""
+
+
+def train_sft(
+    model: nn.Module,
+    examples: Sequence[PromptResponse],
+    *,
+    config: TrainConfig,
+    output_dir: str | Path,
+    accelerator: Accelerator,
+    log: Log,
+) -> list[Record]:
+    """Trains ``model`` in place on ``examples``, (prompt, response) token ids: mean NLL per response token of a batch.
+
+    Returns a record per step: loss, entropy and top-10 mass per token, gradient norm, learning rate. ``log`` (main process) gets
+    the same with ``tokens_per_second``. Resumes from ``output_dir/checkpoints`` where a killed run left some; the caller removes
+    that directory once the model is saved.
+
+    Raises FastpoError for an empty or too long example before any work.
+    """
+    check_sequences(examples, context_length(model), "examples")
+    return _fit(model, _SupervisedTask(examples), config, Path(output_dir), accelerator, log)
+
+
+def train_preference(
+    model: nn.Module,
+    pairs: Sequence[PairRecord],
+    ref_logps: Mapping[str, Tensor] | None,
+    *,
+    objective: Objective,
+    config: TrainConfig,
+    output_dir: str | Path,
+    accelerator: Accelerator,
+    log: Log,
+) -> list[Record]:
+    """Trains ``model`` in place on preference ``pairs``: the mean of ``objective`` over the pairs of a batch.
+
+    ``ref_logps`` maps a response's key to its reference log-probs, [n] fp32 on the CPU; None for an objective with
+    ``ref_coef=0``. A response that stands in several pairs of a micro-batch goes through the model once. The gradient is
+    that of the whole batch's mean, however it is split into micro-batches and processes.
+
+    Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking accuracy; log-probs per
+    response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per token; gradient norm; learning
+    rate. ``log``, resuming and ``output_dir`` are as in ``train_sft``.
+
+    Raises FastpoError before any work for an empty or too long response and for missing or misshapen reference log-probs.
+    """
+    task = _PreferenceTask(pairs, ref_logps, objective)
+    check_sequences([(p.prompt_ids, p.chosen_ids) for p in pairs], context_length(model), "chosen of pairs")
+    check_sequences([(p.prompt_ids, p.rejected_ids) for p in pairs], context_length(model), "rejected of pairs")
+    return _fit(model, task, config, Path(output_dir), accelerator, log)
+
+
+class _SupervisedTask:
+    def __init__(self, examples: Sequence[PromptResponse]):
+        self.examples = examples
+        self.lengths = [len(prompt) + len(response) - 1 for prompt, response in examples]
+
+    def normalizer(self, items: Sequence[int]) -> float:
+        return sum(len(self.examples[i][1]) for i in items)
+
+    def loss(self, scorer: nn.Module, items: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        batch = collate([self.examples[i] for i in items]).to(device)
+        logps, stats = scorer(batch, STATS)  # [R]
+        loss = -logps.sum()
+        return loss, torch.stack([loss.detach(), *_stat_sums(stats), _count(logps)])
+
+    def record(self, sums: list[float]) -> Record:
+        loss, entropy, mass, tokens = sums
+        return {"loss": loss / tokens, "entropy": entropy / tokens, "topk_mass": mass / tokens, "tokens": tokens}
+
+
+class _PreferenceTask:
+    def __init__(self, pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor] | None, objective: Objective):
+        self.pairs = pairs
+        self.ref_logps = ref_logps
+        self.objective = replace(objective, reduction="sum")
+        self.lengths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) - 1) for p in pairs]
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        if self.ref_logps is None:
+            if self.objective.ref_coef:
+                raise FastpoError(f"ref_logps is None; objective {self.objective.name} compares with a reference")
+            return
+        for i, pair in enumerate(self.pairs):
+            for key, response in ((pair.chosen_key, pair.chosen_ids), (pair.rejected_key, pair.rejected_ids)):
+                if key not in self.ref_logps:
+                    raise FastpoError(f"ref_logps has no {key!r}, a response of pairs[{i}]")
+                if self.ref_logps[key].shape != (len(response),):
+                    shape = tuple(self.ref_logps[key].shape)
+                    raise FastpoError(f"ref_logps[{key!r}] has shape {shape}; it should be ({len(response)},)")
+
+    def normalizer(self, items: Sequence[int]) -> float:
+        return len(items)
+
+    def loss(self, scorer: nn.Module, items: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        pairs = [self.pairs[i] for i in items]
+        responses = _distinct_responses(pairs)
+        ids = {key: i for i, key in enumerate(responses)}
+        index = torch.tensor([[ids[_chosen(p)], ids[_rejected(p)]] for p in pairs], device=device)  # [P, 2]
+        weights = torch.tensor([p.weight for p in pairs], device=device)  # [P]
+        batch = collate(list(responses.values())).to(device)
+        logps, stats = scorer(batch, STATS)  # [R]
+        ref_logps = None
+        if self.ref_logps is not None:
+            ref_logps = torch.cat([self.ref_logps[key] for _, key in responses]).to(device)  # [R]
+        out = preference_loss(
+            logps, ref_logps, Segments(batch.cu_seqlens), Pairs(index, weights=weights), self.objective
+        )
+        lengths = batch.cu_seqlens.diff()[index]  # [P, 2]
+        sums = [
+            out.losses.sum(),
+            out.nll[:, 0].sum(),
+            *out.rewards.sum(0),
+            (out.margins > 0).float().sum(),
+            *out.logps[index].sum(0),
+            *(out.logps[index] / lengths).sum(0),
+            _count(index[:, 0]),
+            *_stat_sums(stats),
+            _count(logps),
+        ]
+        return out.loss, torch.stack([s.detach().float() for s in sums])
+
+    def record(self, sums: list[float]) -> Record:
+        *per_pair, pairs, entropy, mass, tokens = sums
+        names = ("loss", "nll", "rewards_chosen", "rewards_rejected", "accuracy", "logps_chosen", "logps_rejected")
+        names += ("logps_per_token_chosen", "logps_per_token_rejected")
+        record = {name: value / pairs for name, value in zip(names, per_pair, strict=True)}
+        record["margin"] = record["rewards_chosen"] - record["rewards_rejected"]
+        return {**record, "entropy": entropy / tokens, "topk_mass": mass / tokens, "tokens": tokens}
+
+
+def _chosen(pair: PairRecord) -> tuple[Hashable, str]:
+    return tuple(pair.prompt_ids), pair.chosen_key
+
+
+def _rejected(pair: PairRecord) -> tuple[Hashable, str]:
+    return tuple(pair.prompt_ids), pair.rejected_key
+
+
+def _distinct_responses(pairs: Sequence[PairRecord]) -> dict[tuple[Hashable, str], PromptResponse]:
+    responses: dict[tuple[Hashable, str], PromptResponse] = {}
+    for pair in pairs:
+        responses.setdefault(_chosen(pair), (pair.prompt_ids, pair.chosen_ids))
+        responses.setdefault(_rejected(pair), (pair.prompt_ids, pair.rejected_ids))
+    return responses
+
+
+def _stat_sums(stats: Mapping[str, Tensor]) -> list[Tensor]:
+    return [stats[name].detach().sum() for name in STATS]
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(float(rows.shape[0]), device=rows.device)
+
+
+def _fit(
+    model: nn.Module, task: Task, config: TrainConfig, output_dir: Path, accelerator: Accelerator, log: Log
+) -> list[Record]:
+    """Minimises the task's mean loss over the batches of ``config``. Returns the record of each step."""
+    batches = config.batches(len(task.lengths))
+    model.train(config.gradient_checkpointing)  # eval mode switches dropout off, but also gradient checkpointing
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    scorer, optimizer = accelerator.prepare(ResponseScorer(model), _optimizer(model, config))
+    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    checkpoints = output_dir / "checkpoints"
+    try:
+        checkpoint = latest_checkpoint(checkpoints)
+        history: list[Record] = load_checkpoint(checkpoint, accelerator) if checkpoint is not None else []
+        for step in range(len(history), len(batches)):
+            started = time.perf_counter()
+            sums = _accumulate_gradients(scorer, task, batches[step], config, accelerator)
+            grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            lr = config.lr(step, len(batches))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            record = {"step": step + 1, "num_steps": len(batches), **task.record(sums), "grad_norm": float(grad_norm)}
+            record["learning_rate"] = lr
+            history.append(record)
+            if accelerator.is_main_process:
+                log({**record, "tokens_per_second": record["tokens"] / (time.perf_counter() - started)})
+            if (step + 1) % config.checkpoint_steps == 0 and step + 1 < len(batches):
+                save_checkpoint(checkpoints, history, accelerator)
+    finally:
+        accelerator.free_memory(scorer, optimizer)
+        model.eval()
+    return history
+
+
+def _accumulate_gradients(
+    scorer: nn.Module, task: Task, items: list[int], config: TrainConfig, accelerator: Accelerator
+) -> list[float]:
+    """Gradients of the batch's mean loss, and its summed values over all processes."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    groups = list(split_by_tokens([task.lengths[i] for i in items], config.micro_batch_tokens, world))
+    scale = world / task.normalizer(items)  # gradients are averaged over processes
+    total: Any = 0
+    for number, group in enumerate(groups, start=1):
+        mine = [items[i] for i in group[rank::world]]
+        with nullcontext() if number == len(groups) else accelerator.no_sync(scorer):
+            # a process without a share still takes part in the collectives of the forward and backward
+            loss, values = task.loss(scorer, mine or [items[group[0]]], accelerator.device)
+            accelerator.backward(loss * (scale if mine else 0.0))
+        total = total + (values if mine else torch.zeros_like(values))
+    return accelerator.reduce(total).tolist()
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
