@@ -1,7 +1,9 @@
 """Checkpoints inside a training stage: a directory per step, whole or absent, the last one kept."""
 
+import logging
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ def save_checkpoint(directory: Path, history: list[dict[str, Any]], accelerator:
         if accelerator.is_main_process:
             stack.enter_context(atomic_directory(target))
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary(target)))
+        with _quiet():
+            accelerator.save_state(str(temporary(target)))
         if accelerator.is_main_process:
             write_json(temporary(target) / _HISTORY, history)
         accelerator.wait_for_everyone()
@@ -42,6 +45,18 @@ def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> list[dict[str
     """Restores what ``save_checkpoint`` saved; returns the history."""
     accelerator.load_state(str(checkpoint))
     return read_json(checkpoint / _HISTORY)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without accelerate's warning, at each checkpoint, that tied weights are stored once."""
+    logger = logging.getLogger("accelerate.utils.other")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _checkpoints(directory: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Loading and saving models; log-probs of responses: the body over whole sequences, the LM head on response rows only."""
+"""Loading and saving models; log-probs of responses: the body on whole sequences, the LM head on response rows only."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence

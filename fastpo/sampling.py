@@ -199,7 +199,7 @@ def _pick(logits: Tensor, uniforms: Tensor, request: _Request) -> Tensor:
 
 def _restrict(logits: Tensor, request: _Request) -> Tensor:
     """``logits`` [A, V] with -inf outside the top ``top_k``, then outside the smallest set of mass ``top_p``."""
-    ranked, ids = logits.sort(-1, descending=True, stable=True)  # [A, V]
+    ranked, ids = logits.sort(dim=-1, descending=True, stable=True)  # [A, V]
     if request.top_k:
         ranked[:, request.top_k :] = -torch.inf
     if request.top_p < 1:

@@ -1,7 +1,8 @@
 """The two training stages: supervised (warm start) and preference. One optimizer loop serves both.
 
-A stage is a function of its inputs and ``config``: data order comes from the seed and the step, the learning rate from the
-step. Checkpoints (model, optimizer, random states, history) let a killed stage go on where it was, with the same result to the bit.
+A stage is a function of its inputs and ``config``: data order comes from the seed and the step, the learning rate from
+the step. Checkpoints (model, optimizer, random states, history) let a killed stage go on where it was, with the same
+result to the bit.
 """
 
 import math
@@ -15,10 +16,11 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fastpo import preference_loss
 from fastpo.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from fastpo.errors import FastpoError
+from fastpo.kernels.preference_loss import preference_loss
 from fastpo.models import PromptResponse, ResponseScorer, check_sequences, collate, context_length, split_by_tokens
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
@@ -26,7 +28,11 @@ from fastpo.types import Pairs, Segments
 
 Record = dict[str, float]  # what one step measured
 Log = Callable[[Record], None]
-STATS = ("entropy", "topk_mass")
+_STATS = ("entropy", "topk_mass")
+_PER_PAIR = (
+    *("loss", "nll", "rewards_chosen", "rewards_rejected", "accuracy"),
+    *("logps_chosen", "logps_rejected", "logps_per_token_chosen", "logps_per_token_rejected"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Task(Protocol):
 
 
 def train_sft(
-    model: nn.Module,
+    model: PreTrainedModel,
     examples: Sequence[PromptResponse],
     *,
     config: TrainConfig,
@@ -104,9 +110,9 @@ def train_sft(
 ) -> list[Record]:
     """Trains ``model`` in place on ``examples``, (prompt, response) token ids: mean NLL per response token of a batch.
 
-    Returns a record per step: loss, entropy and top-10 mass per token, gradient norm, learning rate. ``log`` (main process) gets
-    the same with ``tokens_per_second``. Resumes from ``output_dir/checkpoints`` where a killed run left some; the caller removes
-    that directory once the model is saved.
+    Returns a record per step: loss, entropy and top-10 mass per token, gradient norm, learning rate. ``log`` (main
+    process) gets the same with ``tokens_per_second``. Resumes from ``output_dir/checkpoints`` where a killed run left
+    some; the caller removes that directory once the model is saved.
 
     Raises FastpoError for an empty or too long example before any work.
     """
@@ -115,7 +121,7 @@ def train_sft(
 
 
 def train_preference(
-    model: nn.Module,
+    model: PreTrainedModel,
     pairs: Sequence[PairRecord],
     ref_logps: Mapping[str, Tensor] | None,
     *,
@@ -128,14 +134,15 @@ def train_preference(
     """Trains ``model`` in place on preference ``pairs``: the mean of ``objective`` over the pairs of a batch.
 
     ``ref_logps`` maps a response's key to its reference log-probs, [n] fp32 on the CPU; None for an objective with
-    ``ref_coef=0``. A response that stands in several pairs of a micro-batch goes through the model once. The gradient is
-    that of the whole batch's mean, however it is split into micro-batches and processes.
+    ``ref_coef=0``. A response that stands in several pairs of a micro-batch goes through the model once. The gradient
+    is that of the whole batch's mean, however it is split into micro-batches and processes.
 
-    Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking accuracy; log-probs per
-    response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per token; gradient norm; learning
-    rate. ``log``, resuming and ``output_dir`` are as in ``train_sft``.
+    Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking
+    accuracy; log-probs per response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per
+    token; gradient norm; learning rate. ``log``, resuming and ``output_dir`` are as in ``train_sft``.
 
-    Raises FastpoError before any work for an empty or too long response and for missing or misshapen reference log-probs.
+    Raises FastpoError before any work for an empty or too long response, and for reference log-probs that are missing
+    or of the wrong shape.
     """
     task = _PreferenceTask(pairs, ref_logps, objective)
     check_sequences([(p.prompt_ids, p.chosen_ids) for p in pairs], context_length(model), "chosen of pairs")
@@ -153,7 +160,7 @@ class _SupervisedTask:
 
     def loss(self, scorer: nn.Module, items: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         batch = collate([self.examples[i] for i in items]).to(device)
-        logps, stats = scorer(batch, STATS)  # [R]
+        logps, stats = scorer(batch, _STATS)  # [R]
         loss = -logps.sum()
         return loss, torch.stack([loss.detach(), *_stat_sums(stats), _count(logps)])
 
@@ -193,7 +200,7 @@ class _PreferenceTask:
         index = torch.tensor([[ids[_chosen(p)], ids[_rejected(p)]] for p in pairs], device=device)  # [P, 2]
         weights = torch.tensor([p.weight for p in pairs], device=device)  # [P]
         batch = collate(list(responses.values())).to(device)
-        logps, stats = scorer(batch, STATS)  # [R]
+        logps, stats = scorer(batch, _STATS)  # [R]
         ref_logps = None
         if self.ref_logps is not None:
             ref_logps = torch.cat([self.ref_logps[key] for _, key in responses]).to(device)  # [R]
@@ -216,9 +223,7 @@ class _PreferenceTask:
 
     def record(self, sums: list[float]) -> Record:
         *per_pair, pairs, entropy, mass, tokens = sums
-        names = ("loss", "nll", "rewards_chosen", "rewards_rejected", "accuracy", "logps_chosen", "logps_rejected")
-        names += ("logps_per_token_chosen", "logps_per_token_rejected")
-        record = {name: value / pairs for name, value in zip(names, per_pair, strict=True)}
+        record = {name: value / pairs for name, value in zip(_PER_PAIR, per_pair, strict=True)}
         record["margin"] = record["rewards_chosen"] - record["rewards_rejected"]
         return {**record, "entropy": entropy / tokens, "topk_mass": mass / tokens, "tokens": tokens}
 
@@ -240,7 +245,7 @@ def _distinct_responses(pairs: Sequence[PairRecord]) -> dict[tuple[Hashable, str
 
 
 def _stat_sums(stats: Mapping[str, Tensor]) -> list[Tensor]:
-    return [stats[name].detach().sum() for name in STATS]
+    return [stats[name].detach().sum() for name in _STATS]
 
 
 def _count(rows: Tensor) -> Tensor:
@@ -248,7 +253,7 @@ def _count(rows: Tensor) -> Tensor:
 
 
 def _fit(
-    model: nn.Module, task: Task, config: TrainConfig, output_dir: Path, accelerator: Accelerator, log: Log
+    model: PreTrainedModel, task: Task, config: TrainConfig, output_dir: Path, accelerator: Accelerator, log: Log
 ) -> list[Record]:
     """Minimises the task's mean loss over the batches of ``config``. Returns the record of each step."""
     batches = config.batches(len(task.lengths))
