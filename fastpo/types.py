@@ -1,6 +1,6 @@
 """The records that the ops and the loop exchange. Frozen; a shape comment on every field; no behaviour beyond checks.
 
-T tokens, S sequences, P tuples (pairs), K members of a tuple (chosen, rejected, ...).
+T tokens, S sequences, P tuples (pairs), K members of a tuple (chosen, rejected, ...), J link terms of an objective.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -22,10 +22,10 @@ class _Record:
 class Segments(_Record):
     """Which tokens belong to which sequence, and what each counts. Sequences lie one behind the other (packed).
 
-    All fields but ``cu_seqlens`` and ``mask`` may require grad; their gradients are those of METHODS.md P1 and P3.
+    All fields but ``cu_seqlens`` and ``mask`` may require grad.
     """
 
-    cu_seqlens: Tensor  # [S+1] int64; sequence i owns tokens cu_seqlens[i]:cu_seqlens[i+1]; may be empty
+    cu_seqlens: Tensor  # [S+1] int64 or int32; sequence i owns tokens cu_seqlens[i]:cu_seqlens[i+1]; may be empty
     mask: Tensor | None = None  # [T] bool; False: a token that counts nowhere (prompt, shared step, padding)
     weights: Tensor | None = None  # [T] float, w_t; 1 where absent
     kl: Tensor | None = None  # [T] float, K_t = KL(ref || policy) over the vocabulary
@@ -45,11 +45,11 @@ class Pairs(_Record):
     ``index[p, k]`` is the k-th member of tuple p: 0 chosen, 1 rejected, further ones as the objective says. -1: absent.
     """
 
-    index: Tensor  # [P, K] int64, sequence ids; -1: no such member
+    index: Tensor  # [P, K] int64 or int32, sequence ids; -1: no such member
     weights: Tensor | None = None  # [P] float, omega_p; 1 where absent
-    margins: Tensor | None = None  # [P] float, m_p, subtracted from z (on top of the objective's own)
+    margins: Tensor | None = None  # [P] float, m_p; margin_coef * m_p is subtracted from z of each term
     soft_labels: Tensor | None = None  # [P] float, q_p, probability that chosen is better; replaces the objective's
-    targets: Tensor | None = None  # [P, K] float, tau of the squared link for the term on member k; replaces the objective's
+    targets: Tensor | None = None  # [P, J] float, tau of the squared link in term j; replaces the objective's
     beta_scales: Tensor | None = None  # [P] float, beta_p = beta * beta_scales[p]
 
     @staticmethod
@@ -65,11 +65,14 @@ class Pairs(_Record):
 
 @dataclass(frozen=True)
 class PreferenceOutput(_Record):
-    """What ``preference_loss`` returns. Only ``loss`` carries gradient; the rest is for metrics."""
+    """What ``preference_loss`` returns. Only ``loss`` carries gradient; the rest is for metrics.
+
+    float64 in place of float32 where the log-probs are.
+    """
 
     loss: Tensor  # [] float32
     losses: Tensor  # [P] float32, omega_p * (link terms + NLL terms) of each tuple, before the reduction
-    scores: Tensor  # [S] float32, S_i of METHODS.md P1
+    scores: Tensor  # [S] float32, S_i of fastpo/objectives.py
     logps: Tensor  # [S] float32, sum of l_t over the sequence's masked-in tokens
     lengths: Tensor  # [S] int64, n_i: number of masked-in tokens
     rewards: Tensor  # [P, K] float32, beta * S of each member (implicit rewards); 0 for an absent one
