@@ -66,7 +66,7 @@ class DataKeys:
         "sampling its own; further iterations need data",
     )
     eval_preferences: str | None = _key(None, "held-out pairs, same format: ranking accuracy and log-probs on them")
-    prompt_template: str = _key("{prompt}", "text given to the model, {prompt} being the question")
+    prompt_template: str = _key("{prompt}\n", "text given to the model, {prompt} being the question")
     chat_template: bool = _key(False, "wrap prompts in the tokenizer's chat template (after prompt_template)")
     skip_bad: bool = _key(False, "skip and count malformed lines and rows that do not fit; else stop at the first")
 

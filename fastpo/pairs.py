@@ -8,17 +8,22 @@ applies it to all prompts and counts what it dropped, so that an empty result ca
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import lcm
 from typing import Any
 
-from fastpo.errors import FastpoError, RunError
+from fastpo.config import Config
+from fastpo.errors import RunError
 
 GOLD = -1  # stands for the data's own solution among the winners
 
 
 @dataclass(frozen=True)
 class PairRecord:
-    """One preference pair, tokenised. The keys identify the responses: one that stands in ten pairs has one key, and its
-    reference log-probs are computed once."""
+    """One preference pair, tokenised.
+
+    The keys identify the responses: one that stands in ten pairs has one key, and its reference log-probs are computed
+    once.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -80,25 +85,19 @@ def zip_cyclic(winners: Sequence[int], losers: Sequence[int], limit: int) -> lis
     total = len(winners) * len(losers)
     if total == 0:
         return []
-    period = _lcm(len(winners), len(losers))
+    period = lcm(len(winners), len(losers))
     steps = range(min(limit, total))
     return [(winners[t % len(winners)], losers[(t + t // period) % len(losers)]) for t in steps]
-
-
-def _lcm(a: int, b: int) -> int:
-    from math import lcm
-
-    return lcm(a, b)
 
 
 def irpo_pairs(
     rewards: Sequence[float | None], keep: Sequence[int], *, limit: int, win_threshold: float = 1.0, gold: bool = False
 ) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """(pairs, winners, losers) of one prompt. A reward of at least ``win_threshold`` wins; None and NaN stand on no side.
+    """(pairs, winners, losers) of one prompt. A reward of at least ``win_threshold`` wins; None stands on no side.
 
     ``gold`` puts ``GOLD`` behind the winners. No pairs where a side is empty.
     """
-    scored = [(i, r) for i in keep if (r := rewards[i]) is not None and r == r]
+    scored = [(i, r) for i in keep if (r := rewards[i]) is not None]
     winners = [i for i, r in scored if r >= win_threshold]
     losers = [i for i, r in scored if r < win_threshold]
     if gold:
@@ -124,3 +123,95 @@ def scpo_pair(answers: Sequence[str | None], keep: Sequence[int], *, threshold: 
     if most == least:
         return "unanimous" if len(votes) == 1 else "below_threshold"
     return voters[counts.index(most)], voters[counts.index(least)], (most - least) / len(answers)
+
+
+def build_pairs(
+    samples: Sequence[dict[str, Any]], rewards: Sequence[dict[str, Any]], config: Config, iteration: int = 1
+) -> tuple[list[dict[str, Any]], PairCounts]:
+    """Rows ``{"prompt", "chosen", "rejected", "weight"}`` with keys of responses: ``<prompt id>/<sample>``, ``.../gold``.
+
+    ``samples``: rows of samples.jsonl; ``rewards``: the rows of rewards.jsonl in the same order. A pure function of its
+    arguments: prompts in their order, samples in theirs.
+    """
+    counts = PairCounts(prompts=len(samples))
+    pairs = []
+    for sample, scored in zip(samples, rewards, strict=True):
+        texts = [response["text"] for response in sample["responses"]]
+        kept = candidates(texts, [response["tokens"] for response in sample["responses"]])
+        counts.duplicates += kept.duplicates
+        counts.empty += kept.empty
+        counts.unscored += sum(reward is None for reward in scored["rewards"])
+        if config.pair_rule == "irpo":
+            chosen = _irpo(sample, scored, texts, kept.keep, config, counts)
+        else:
+            chosen = _scpo(scored, kept.keep, config.at("vote_threshold", iteration), counts)
+        counts.paired_prompts += bool(chosen)
+        for winner, loser, weight in chosen:
+            pairs.append(
+                {
+                    "prompt": sample["id"],
+                    "chosen": response_key(sample["id"], winner),
+                    "rejected": response_key(sample["id"], loser),
+                    "weight": weight,
+                }
+            )
+    counts.pairs = len(pairs)
+    return pairs, counts
+
+
+def response_key(prompt_id: str, sample: int) -> str:
+    return f"{prompt_id}/{'gold' if sample == GOLD else sample}"
+
+
+def _irpo(
+    sample: dict[str, Any],
+    scored: dict[str, Any],
+    texts: list[str],
+    keep: list[int],
+    config: Config,
+    counts: PairCounts,
+) -> list[tuple[int, int, float]]:
+    gold = config.gold_wins and bool(sample.get("gold")) and sample["gold"] not in texts
+    pairs, winners, losers = irpo_pairs(
+        scored["rewards"], keep, limit=config.pairs_per_prompt, win_threshold=config.win_threshold, gold=gold
+    )
+    counts.all_right += bool(winners) and not losers
+    counts.all_wrong += bool(losers) and not winners
+    return [(winner, loser, 1.0) for winner, loser in pairs]
+
+
+def _scpo(
+    scored: dict[str, Any], keep: list[int], threshold: float, counts: PairCounts
+) -> list[tuple[int, int, float]]:
+    pair = scpo_pair(scored["answers"], keep, threshold=threshold)
+    if isinstance(pair, tuple):
+        return [pair]
+    setattr(counts, pair, getattr(counts, pair) + 1)
+    return []
+
+
+def explain_no_pairs(counts: PairCounts, config: Config, iteration: int) -> str:
+    """Why an iteration has no pair at all, and which settings could change it."""
+    start = f"iteration {iteration} has no pairs: of {counts.prompts} prompts "
+    if config.pair_rule == "scpo":
+        threshold = config.at("vote_threshold", iteration)
+        return (
+            f"{start}{counts.unanimous} have one answer only, {counts.below_threshold} no answer with {threshold:.0%} "
+            f"of the votes and {counts.no_answer} no answer at all; lower vote_threshold, or change temperature or "
+            "num_samples"
+        )
+    if counts.all_wrong >= counts.all_right:
+        change = "take easier prompts, a longer warm start, more num_samples or max_new_tokens, or gold_wins"
+        if counts.all_wrong == counts.prompts:
+            change += "; if even right-looking samples lose, check that reward and answer format fit"
+    else:
+        change = "take harder prompts, or raise temperature or num_samples"
+    return (
+        f"{start}{counts.all_right} are answered right by every sample and {counts.all_wrong} wrong by every sample "
+        f"({counts.duplicates} repeated, {counts.empty} empty, {counts.unscored} unscored samples); {change}"
+    )
+
+
+def require_pairs(pairs: Sequence[Any], counts: PairCounts, config: Config, iteration: int) -> None:
+    if not pairs:
+        raise RunError(explain_no_pairs(counts, config, iteration))
