@@ -1,8 +1,8 @@
-"""``preference_loss`` and ``sequence_scores``: schema, backends, autograd and the public functions. README.md derives them.
+"""``preference_loss`` and ``sequence_scores``: schema, backends, autograd, public functions. README.md derives them.
 
 The forward reads every token once and returns, next to the loss, its slope in each sequence's sums; the backward writes
-``upstream * (slope of the token's sequence) * ...`` once. So the upstream gradient costs nothing, and nothing of size T is
-kept for plain objectives.
+``upstream * (slope of the token's sequence) * ...`` once. So the upstream gradient costs nothing, and an evaluation
+computes no gradients.
 """
 
 import os
@@ -35,15 +35,18 @@ _TOKENS = (
 )
 _TUPLES = "Tensor index, Tensor? tuple_weights, Tensor? margins, Tensor? params, Tensor? beta_scales"
 _TOKEN_SETTINGS = "int phi, float ref_coef, float length_power"
-_TUPLE_SETTINGS = "int score_map, float score_map_coef, int[] links, float[] table, float[] nll, int nll_normalizer, bool mean, float beta"
+_TUPLE_SETTINGS = (
+    "int score_map, float score_map_coef, int[] links, float[] table, float[] nll, "
+    "int nll_normalizer, bool mean, float beta"
+)
 _FORWARD = (
     f"({_TOKENS}, Tensor? scores, {_TUPLES}, {_TOKEN_SETTINGS}, {_TUPLE_SETTINGS}) -> "
     f"({', '.join(['Tensor'] * len(Outputs._fields))})"
 )
 _SCORES = f"({_TOKENS}, {_TOKEN_SETTINGS}) -> (Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor? grad, Tensor? score_grads, Tensor? nll_grads, {_TOKENS}, Tensor lengths, {_TOKEN_SETTINGS}, bool[] needs)"
-    f" -> ({', '.join(['Tensor'] * len(TokenGrads._fields))})"
+    f"(Tensor? grad, Tensor? score_grads, Tensor? nll_grads, {_TOKENS}, Tensor lengths, {_TOKEN_SETTINGS}, "
+    f"bool[] needs) -> ({', '.join(['Tensor'] * len(TokenGrads._fields))})"
 )
 
 # The compiled ops take the same arguments as the public ones; C++ and CUDA implement them for their devices.
@@ -96,7 +99,7 @@ OP = Op(
 
 
 def _backend(like: Tensor, tokens: Tokens, index: Tensor | None, num_sequences: int) -> Any:
-    """The implementation for these tensors. Values are checked here, below compilation, where reading them is free."""
+    """The implementation for these tensors. Values are checked here, where reading them is free: below compilation."""
     backend = OP.pick(like.device, like.dtype)
     compiled_checks = backend.name == "cpu"
     if (like.device.type == "cpu" and not compiled_checks) or os.environ.get("FASTPO_DEBUG") == "1":
@@ -179,8 +182,8 @@ def _needs(tokens: Tokens, asked: tuple[bool, ...]) -> list[bool]:
     return [by_name[name] for name in TokenGrads._fields]
 
 
-def _kept(tokens: Tokens, needs: list[bool], phi: int) -> Tokens:
-    """The token fields that the backward reads; others are not kept alive. log-probs stay for their size only in part."""
+def _kept(tokens: Tokens, needs: list[bool]) -> Tokens:
+    """The token fields that the backward reads; the others are not kept alive."""
     grads = TokenGrads(*needs)
     return tokens._replace(
         ref_logps=tokens.ref_logps if grads.weights else None,
@@ -195,9 +198,7 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.needs = _needs(tokens, ctx.needs_input_grad[:_NT])
     ctx.setting = token_set
     ctx.given = scores is not None
-    ctx.save_for_backward(
-        outputs.score_grads, outputs.nll_grads, outputs.lengths, *_kept(tokens, ctx.needs, token_set.phi)
-    )
+    ctx.save_for_backward(outputs.score_grads, outputs.nll_grads, outputs.lengths, *_kept(tokens, ctx.needs))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -217,7 +218,7 @@ def _setup_scores(ctx: Any, inputs: tuple, output: tuple) -> None:
     tokens = Tokens(*inputs[:_NT])
     ctx.needs = _needs(tokens, ctx.needs_input_grad[:_NT])
     ctx.setting = TokenSettings(*inputs[_NT:])
-    ctx.save_for_backward(output[1], *_kept(tokens, ctx.needs, ctx.setting.phi))
+    ctx.save_for_backward(output[1], *_kept(tokens, ctx.needs))
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -267,7 +268,7 @@ def preference_loss(
         loss = -(pairs.weights * F.logsigmoid(z)).mean()
 
     Args:
-        logps: [T] log-probs of the policy, any float type; differentiable. May hold anything where ``segments.mask`` is False.
+        logps: [T] log-probs of the policy, any float type; differentiable. May hold anything where the mask is False.
         ref_logps: [T] the reference's, a constant; None for an objective without reference (``not needs_reference``).
         segments: which tokens belong to which sequence, their weights; float fields are differentiable.
         pairs: the tuples and their columns; constants.
@@ -277,16 +278,16 @@ def preference_loss(
             scores. ``logps`` and ``segments`` may be None too if the objective has no NLL.
 
     Returns:
-        PreferenceOutput. ``loss`` carries gradient to ``logps``, ``scores`` and those of segments' weights, kl, kl_weights,
-        nll_weights, token_coefs that require it; the other fields are constants. Everything is float32 (float64 if
-        ``logps`` is). A sequence with no tokens, or with all masked, has score 0 and no gradient; no tuples: loss 0.
+        PreferenceOutput. ``loss`` carries gradient to ``logps``, ``scores`` and the float fields of ``segments`` that
+        require it; the other fields are constants. Everything is float32 (float64 if ``logps`` is). A sequence with no
+        tokens, or with all of them masked, has score 0 and no gradient; without tuples the loss is 0.
 
     Raises:
         TypeError, ValueError: one line, naming the argument. Index values are checked on the CPU; on a GPU only with
             FASTPO_DEBUG=1, since that reads them back.
 
-    Cost: forward one read of logps, ref_logps and mask (9 bytes a token); backward one write of the gradient and one read
-    of the mask (5 bytes a token). Deterministic: a sequence in several tuples sums them in their order.
+    Cost: forward one read of logps, ref_logps and mask (9 bytes a token); backward one write of the gradient and one
+    read of the mask (5 bytes a token). Deterministic: a sequence in several tuples sums them in their order.
     """
     checks.check_loss(logps, ref_logps, segments, pairs, objective, scores)
     like = scores if logps is None else logps
@@ -306,9 +307,9 @@ def sequence_scores(
 ) -> Tensor:
     """The scores ``S_i`` [S] of ``objective``, differentiable: the first phase of losses that couple a batch.
 
-    ``S_i = n_i^-length_power * sum_t [ w_t (phi(l_t) - ref_coef r_t) + k_t K_t ]`` over the masked-in tokens of sequence i;
-    0 where there are none. Compute a loss of them (sorted, against a running mean, ...) in PyTorch, or build tuples from
-    them and pass them on as ``scores=`` of ``preference_loss``. Under ``torch.no_grad`` it is the score-only mode.
+    ``S_i = n_i^-length_power * sum_t [ w_t (phi(l_t) - ref_coef r_t) + k_t K_t ]`` over the masked-in tokens of
+    sequence i; 0 where there are none. Compute a loss of them (sorted, against a running mean, ...) in PyTorch, or
+    build tuples from them and pass them on as ``scores=`` of ``preference_loss``. Under ``torch.no_grad``: scoring only.
 
     Arguments, types and errors as ``preference_loss``; ``nll_weights`` and ``token_coefs`` do not enter scores.
     """

@@ -1,6 +1,6 @@
 """What the backends of ``preference_loss`` take: the arguments of its op, in the order of its schema, in three groups.
 
-T tokens, S sequences, P tuples, K members, J terms. Floats are all float32 (all float64 in the torch backend), contiguous.
+T tokens, S sequences, P tuples, K members, J terms. Floats are all float32, contiguous (or all float64: torch backend).
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from fastpo.objectives import NLL_NORMALIZERS, SCORE_MAPS, TOKEN_MAPS, Objective
 
 
 class Tokens(NamedTuple):
-    """The tokens. ``logps`` and ``cu_seqlens`` are absent together, where scores come from outside and no NLL is asked."""
+    """The tokens. All fields are absent where scores come from outside and no NLL is asked for."""
 
     logps: Tensor | None  # [T]
     ref_logps: Tensor | None  # [T]

@@ -1,7 +1,8 @@
 """``preference_loss`` in plain PyTorch: the spec, and the backend of last resort.
 
-``loss_value`` is the spec: values only, differentiable by autograd. ``forward``, ``scores`` and ``backward`` are the backend:
-the same values with the closed-form slopes of links.py, since ops run below autograd. Tests hold the two against each other.
+``loss_value`` is the spec: values only, differentiable by autograd. ``forward``, ``scores`` and ``backward`` are the
+backend: the same values with the closed-form slopes of links.py, since ops run below autograd. Tests hold the two
+against each other.
 """
 
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def no_sums(scores: Tensor) -> Sums:
 
 
 def tuple_losses(scores: Tensor, sums: Sums, given: bool, tuples: Tuples, setting: TupleSettings) -> Tensor:
-    """[P] omega (link terms + NLL terms). ``given``: the scores are from outside, where no length says which are empty."""
+    """[P] omega (link terms + NLL terms). ``given``: scores are from outside, lengths do not say which are empty."""
     mapped = map_scores(scores, sums.lengths, given, setting)
     losses = scores.new_zeros(tuples.index.shape[0])
     for term in link_terms(mapped, tuples, setting):
