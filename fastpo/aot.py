@@ -1,0 +1,227 @@
+"""Compiles every GPU kernel without a GPU and reads what it costs: ``python -m fastpo.aot``.
+
+Each ``kernels/<op>/triton_kernels.py`` lists its shipped configurations in ``AOT``; each goes through triton's compiler
+for sm_80, sm_90 and sm_100, and registers, shared memory and stack are read from the cubin. Each ``csrc/*.cu`` goes
+through nvcc for the same architectures, with the report of ptxas. Both are machine code for the GPU named, so spills seen
+here are spills there. What this cannot see is whether a kernel computes the right thing: the interpreter tests and
+``make gpu-check`` do that.
+
+Triton decides at import whether kernels are compiled or interpreted, so run this without ``TRITON_INTERPRET``.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90, 100)
+ROOT = Path(__file__).resolve().parents[1]
+NVCC_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DPy_LIMITED_API=0x030b0000",
+    "-DUSE_CUDA",
+)
+
+
+@dataclass(frozen=True)
+class AotConfig:
+    """One shipped configuration of a triton kernel, an element of a ``triton_kernels.AOT`` list.
+
+    ``signature`` maps each run-time argument to its triton type, ``"*bf16"``, ``"i64"``, ...; ``"*bf16:16"`` says that the
+    value is divisible by 16, as the launcher finds out of pointers and integers by itself. The remaining arguments are
+    ``constexprs``.
+    """
+
+    label: str
+    kernel: Any  # a @triton.jit function
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel costs on one architecture."""
+
+    source: str  # op folder or .cu file
+    kernel: str  # name, and configuration
+    arch: int  # 80, 90, 100
+    registers: int  # per thread
+    shared_bytes: int  # static shared memory per program or block
+    spill_bytes: int  # per thread: stack frame (triton), the larger of stack frame, spill stores and loads (nvcc)
+
+
+def triton_reports(ops: Iterable[str] | None = None, archs: Sequence[int] = ARCHS) -> list[Report]:
+    """Compiles the shipped configurations of every op with a ``triton_kernels.py``, or of ``ops``."""
+    names = sorted(triton_ops() if ops is None else ops)
+    return [
+        triton_report(config, arch, source=name)
+        for name in names
+        for config in importlib.import_module(f"fastpo.kernels.{name}.triton_kernels").AOT
+        for arch in archs
+    ]
+
+
+def triton_ops() -> list[str]:
+    """Names of the op folders that have triton kernels."""
+    import fastpo.kernels
+
+    return [p.parent.name for root in fastpo.kernels.__path__ for p in Path(root).glob("*/triton_kernels.py")]
+
+
+def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any) -> Report:
+    """Compiles one configuration for one architecture. ``options`` go to the compiler (``maxnreg=``, ...)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(config.kernel, triton.runtime.JITFunction):
+        raise RuntimeError(f"{config.kernel} is interpreted; run without TRITON_INTERPRET to compile it")
+    names = config.kernel.arg_names
+    unknown = (config.signature.keys() | config.constexprs.keys()) ^ set(names)
+    if unknown:
+        raise ValueError(f"AOT config {config.label!r} and {config.kernel.__name__} disagree on {sorted(unknown)}")
+    signature = {n: config.signature.get(n, "constexpr").split(":")[0] for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if ":16" in config.signature.get(n, "")}
+    compiled = triton.compile(
+        ASTSource(config.kernel, signature, dict(config.constexprs), aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,
+            **options,
+        },
+    )
+    registers, stack = _cubin_usage(compiled.asm["cubin"])
+    label = f"{config.kernel.__name__} [{config.label}]"
+    return Report(source, label, arch, registers, compiled.metadata.shared, stack)
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread, read by the cuobjdump that triton brings along."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no usage: {text!r}")
+    registers, stack, local = map(int, usage.groups())
+    return registers, stack + local
+
+
+def cuda_sources() -> list[Path]:
+    """The CUDA files of the checkout; empty in an installed package, which carries none."""
+    return sorted((ROOT / "csrc").glob("*.cu"))
+
+
+def nvcc_missing() -> str | None:
+    """Why the .cu files cannot be compiled here, or None."""
+    if not cuda_sources():
+        return "there is no csrc/*.cu beside this package"
+    return None if shutil.which("nvcc") else "nvcc is not on PATH"
+
+
+def cuda_reports(sources: Sequence[Path] | None = None, archs: Sequence[int] = ARCHS, workers: int = 2) -> list[Report]:
+    """Compiles CUDA files to objects, ``workers`` at a time. Any torch will do: the CPU-only one has the headers."""
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda source: cuda_report(source, archs), cuda_sources() if sources is None else sources)
+    return [report for reports in found for report in reports]
+
+
+def cuda_report(source: Path, archs: Sequence[int] = ARCHS) -> list[Report]:
+    """Compiles one CUDA file to an object for all ``archs``; one report per kernel instance and architecture."""
+    from torch.utils.cpp_extension import include_paths
+
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    includes = [f"-I{path}" for path in (*include_paths(), ROOT / "csrc")]
+    with tempfile.TemporaryDirectory() as folder:
+        target = ["-c", str(source), "-o", f"{folder}/object.o"]
+        command = ["nvcc", *target, *NVCC_FLAGS, *gencode, *includes, "-Xptxas=-v", "-Xcompiler=-fPIC", "--threads=2"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc does not compile {source.name}:\n{done.stderr}")
+    return parse_ptxas(done.stderr, source.name)
+
+
+_PTXAS_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)a?'.*?"
+    r"(?P<frame>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def parse_ptxas(text: str, source: str) -> list[Report]:
+    """The reports in what ``ptxas -v`` printed."""
+    reports = []
+    for entry in _PTXAS_ENTRY.finditer(text):
+        shared = re.search(r"(\d+) bytes smem", entry["rest"])
+        spill = max(int(entry[key]) for key in ("frame", "stores", "loads"))
+        shared_bytes = int(shared[1]) if shared else 0
+        name = _demangle(entry["name"])
+        reports.append(Report(source, name, int(entry["arch"]), int(entry["registers"]), shared_bytes, spill))
+    return reports
+
+
+def _demangle(name: str) -> str:
+    if shutil.which("c++filt") is None:
+        return name
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"^void |\(anonymous namespace\)::|\(.*\)$", "", text.replace("(anonymous namespace)::", ""))
+
+
+def table(reports: Sequence[Report]) -> str:
+    """One line per kernel and configuration; registers / shared bytes / spilled bytes per architecture."""
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for r in reports:
+        cells.setdefault((r.source, r.kernel), {})[r.arch] = f"{r.registers}/{r.shared_bytes}/{r.spill_bytes}"
+    archs = sorted({r.arch for r in reports})
+    head = ("source", "kernel", *(f"sm_{a}" for a in archs))
+    rows = [head, *((source, kernel, *(cell.get(a, "-") for a in archs)) for (source, kernel), cell in cells.items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastpo.aot",
+        description="Compile all GPU kernels for sm_80, sm_90 and sm_100; print registers/shared bytes/spilled bytes of each.",
+    )
+    parser.add_argument("--only", choices=("triton", "cuda"), help="only the triton kernels, or only the .cu files")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1" and args.only != "cuda":
+        parser.error("TRITON_INTERPRET is 1, which interprets kernels; unset it to compile them")
+    reports = triton_reports() if args.only != "cuda" else []
+    if args.only != "triton":
+        reason = nvcc_missing()
+        if reason and args.only == "cuda":
+            parser.error(reason)
+        if reason:
+            print(f"skipped the .cu files: {reason}", file=sys.stderr)
+        else:
+            reports += cuda_reports()
+    print(json.dumps([asdict(r) for r in reports]) if args.json else table(reports))
+    return 1 if any(r.spill_bytes for r in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
