@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported: Triton kernels run on CPU tensors
+
 # Timing never decides a test, so hypothesis keeps no deadline; derandomised, so that a red run can be repeated.
 settings.register_profile("fastpo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("fastpo")

@@ -1,15 +1,15 @@
 """Triton device functions for one pass over a row of logits: the online softmax and its statistics.
 
-A row (or a part of it) is read in tiles [LANES, VEC], VEC elements being one 16-byte load of one thread. Each lane keeps
-its own state, fp32 [LANES]; only the end of the row crosses threads:
+A row (or a part of it) is read in tiles [LANES, VEC], VEC elements being one 16-byte load of one thread. Each lane
+keeps its own state, fp32 [LANES]; only the end of the row crosses threads:
 
     m   max of its y (softcapped logits)
     s   sum of e,         e = 2^d,  d = (y - m) scale,  scale = log2(e) / temperature
     t   sum of e d
     q   sum of e^2
 
-A lane that has seen nothing, or only -inf, has m = -inf and zeros. Subtracting m before scaling, as torch does, keeps full
-precision where the logits are large. NaN and +inf reach s, and with it every output.
+A lane that has seen nothing, or only -inf, has m = -inf and zeros. Subtracting m before scaling, as torch does, keeps
+full precision where the logits are large. NaN and +inf reach s, and with it every output.
 """
 
 import triton
@@ -94,8 +94,8 @@ def top_empty(k, SLOTS: tl.constexpr):
 def top_add(top, y, lane_max, SLOTS: tl.constexpr):
     """The k largest of top [SLOTS] and the tile y [LANES, VEC], whose maxima along axis 1 are lane_max [LANES].
 
-    Takes the largest values out of y one after the other while they beat the smallest kept: about k (1 + log(tiles)) rounds
-    for a whole row, since later tiles seldom hold one. Equal values count as often as they occur. NaN is never taken.
+    Takes the largest values out of y one after the other while they beat the smallest kept: about k (1 + log(tiles))
+    rounds for a whole row in random order. Equal values count as often as they occur. NaN is never taken.
     """
     largest = tl.max(lane_max, 0)
     while largest > tl.min(top, 0):

@@ -268,7 +268,7 @@ def token_logprobs(
     temperatures = temperature if isinstance(temperature, Tensor) else None
     logps, _, *values = _forward_op(
         _as_rows(logits),
-        labels.reshape(-1).to(torch.int64),
+        labels.reshape(-1).to(torch.int64).contiguous(),
         None if temperatures is None else temperatures.reshape(-1).to(_accumulator(logits.dtype)).contiguous(),
         None if label_set is None else label_set.to(torch.int64).contiguous(),
         1.0 if isinstance(temperature, Tensor) else float(temperature),

@@ -1,7 +1,7 @@
 """token_logprobs in Triton: ``forward`` and ``backward`` with the signatures of reference.py.
 
-Forward: a program reads one row, or one of ``splits`` parts of it where there are too few rows to fill the GPU; a second
-kernel then joins the parts in a fixed order. Backward: a program reads and writes one tile, in place if asked.
+Forward: a program reads one row, or one of ``splits`` parts of it where there are too few rows to fill the GPU; a
+second kernel then joins the parts in a fixed order. Backward: a program reads and writes one tile, in place if asked.
 Floor: the bytes of the logits over the memory bandwidth, once forward, twice backward.
 
 A pointer that is None in a kernel is an output that nobody asked for, or an input that is not there.
@@ -99,7 +99,9 @@ def _finish(
     if label_set_prob_ptr is not None:
         e = 0.0
         for i in range(label_set_size):
-            e += tl.exp2((softcapped(tl.load(row_ptr + tl.load(label_set_ptr + i)), softcap) - m) * scale)
+            member = tl.load(label_set_ptr + i)
+            x = tl.load(row_ptr + member, mask=(member >= 0) & (member < vocab), other=float("nan"))
+            e += tl.exp2((softcapped(x, softcap) - m) * scale)
         tl.store(label_set_prob_ptr + row, tl.where(kept, e / s, 0.0))
 
 
@@ -345,7 +347,7 @@ def tile_shape(dtype: torch.dtype, vocab: int) -> tuple[int, int, int]:
 
 
 def split_row(num_rows: int, vocab: int, tile: int, processors: int) -> tuple[int, int]:
-    """How many programs share a row, and how many elements each reads: eight programs per multiprocessor, if rows are few."""
+    """How many programs share a row, and how many elements each reads: eight programs per multiprocessor in all."""
     tiles = triton.cdiv(vocab, tile)
     splits = max(1, min(triton.cdiv(8 * processors, num_rows), tiles // 2))
     tiles_each = triton.cdiv(tiles, splits)

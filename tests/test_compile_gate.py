@@ -1,0 +1,86 @@
+"""Every GPU kernel compiles for every architecture, and none spills registers. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpo import aot
+from fastpo.dispatch import triton_missing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def reports(kind: str) -> list[dict]:
+    """What ``python -m fastpo.aot`` says. A process of its own: this one may interpret its Triton kernels."""
+    command = [sys.executable, "-m", "fastpo.aot", "--only", kind, "--json"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_no_spills(found: list[dict]) -> None:
+    spilling = [
+        f"{r['source']} {r['kernel']} sm_{r['arch']}: {r['spill_bytes']} bytes" for r in found if r["spill_bytes"]
+    ]
+    assert not spilling, "\n".join(spilling)
+
+
+@pytest.mark.skipif(triton_missing() == "triton is not installed", reason="triton is not installed")
+def test_triton_kernels_compile_without_spills():
+    found = reports("triton")
+    assert {r["source"] for r in found} == set(aot.triton_ops())
+    assert {r["arch"] for r in found} == set(aot.ARCHS)
+    assert_no_spills(found)
+
+
+@pytest.mark.skipif(aot.nvcc_missing() is not None, reason=str(aot.nvcc_missing()))
+def test_cuda_files_compile_without_spills():
+    found = reports("cuda")
+    assert {r["source"] for r in found} == {path.name for path in aot.cuda_sources()}
+    assert {r["arch"] for r in found} == set(aot.ARCHS)
+    assert_no_spills(found)
+
+
+@pytest.mark.skipif(triton_missing() == "triton is not installed", reason="triton is not installed")
+def test_a_spill_is_seen():
+    """The gate can fail: a kernel held to 24 registers spills, and the report says so."""
+    script = (
+        "from fastpo import aot; from fastpo.kernels.token_logprobs.triton_kernels import AOT;"
+        "config = next(c for c in AOT if 'everything' in c.label);"
+        "print(aot.triton_report(config, 90, maxnreg=24).spill_bytes)"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert int(done.stdout) > 0, done.stderr
+
+
+def test_ptxas_output_is_parsed():
+    text = """ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
+ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'
+ptxas info    : Function properties for _Z1kPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 1 barriers, 64 bytes smem, 368 bytes cmem[0]
+ptxas info    : Compile time = 6.831 ms
+ptxas info    : Compiling entry function '_Z1kPf' for 'sm_100'
+ptxas info    : Function properties for _Z1kPf
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+"""
+    first, second = aot.parse_ptxas(text, "k.cu")
+    assert (first.arch, first.registers, first.shared_bytes, first.spill_bytes) == (80, 8, 64, 0)
+    assert (second.arch, second.registers, second.shared_bytes, second.spill_bytes) == (100, 32, 0, 16)
+
+
+def test_nvcc_flags_are_those_of_the_build():
+    """setup.py cannot import this package, so it repeats the flags."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no setup.py: not a checkout")
+    text = (ROOT / "setup.py").read_text()
+    missing = [flag for flag in aot.NVCC_FLAGS if flag.split("=")[-1] not in text]
+    assert not missing
+    assert all(f'"{arch}"' in text for arch in aot.ARCHS)
