@@ -29,5 +29,9 @@ lint: setup
 bench: setup
 	$(PY) benchmarks/run.py
 
+# Uses the Python that has CUDA's torch, not .venv: it must run where nothing can be downloaded.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
 clean:
 	rm -rf build dist *.egg-info fastpo/*.so runs
