@@ -1,8 +1,9 @@
-"""Everything that needs a GPU, in one command: ``make gpu-check`` (nothing is downloaded, nothing needs to be installed).
+"""Everything that needs a GPU, in one command: ``make gpu-check``. Nothing is downloaded or needs to be installed.
 
 Builds the CUDA ops, runs the GPU tests, lets compute-sanitizer watch a few of them, measures the ceilings (copy
-bandwidth, bf16 GEMM) and the GPU benchmark suite, whose rows go to ``benchmarks/results/results.csv``. A step that fails
-or overruns does not stop the next; the table at the end says what failed. ``--peers DIR`` adds wheels of peers to the path.
+bandwidth, bf16 GEMM) and the GPU benchmark suite, whose rows go to ``benchmarks/results/results.csv``. A step that
+fails or overruns does not stop the next; the table at the end says what failed. ``--peers DIR`` adds wheels of peers to
+the path.
 """
 
 import argparse
