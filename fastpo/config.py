@@ -161,7 +161,8 @@ class EvaluationKeys:
     _argument_group_name = "evaluation"
 
     eval_prompts: int = _key(500, "held-out problems, answered greedily")
-    report_samples: int = _key(4, "responses per iteration shown in the report")
+    eval_pairs: int = _key(256, "training pairs scored again after training: does the chosen log-prob hold? 0: off")
+    report_samples: int = _key(4, "held-out answers per iteration shown in the report")
 
 
 GROUPS = (
@@ -178,7 +179,7 @@ GROUPS = (
 )
 
 # A resumed run may differ in these: they say where, how far and how it is watched, not what is computed.
-FREE_KEYS = frozenset({"output_dir", "iterations", "tensorboard", "report_samples", "checkpoint_steps"})
+FREE_KEYS = frozenset({"output_dir", "iterations", "tensorboard", "checkpoint_steps"})
 
 
 @dataclass

@@ -45,6 +45,7 @@ class Preference:
 
 
 Row = TypeVar("Row", Prompt, Demonstration, Preference)
+Item = TypeVar("Item")
 
 
 def read_rows(
@@ -128,10 +129,10 @@ def _response(row: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _message(value: Any, name: str) -> dict[str, str]:
-    message = {key: value.get(key) for key in ("role", "content")} if isinstance(value, dict) else {}
-    if not message or not all(isinstance(part, str) for part in message.values()):
+    role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
+    if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f'{name!r} holds {value!r}, a message should be {{"role": text, "content": text}}')
-    return message
+    return {"role": role, "content": content}
 
 
 def _fail(message: str) -> Any:
@@ -168,27 +169,31 @@ class Codec:
         return [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
     def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def fitting(self, items: Sequence[Any], lengths: Sequence[int], kind: str, room: int = 0) -> list[Any]:
+    def fitting(
+        self, items: Sequence[Item], lengths: Sequence[int], name: Callable[[Item], str], room: int = 0
+    ) -> list[Item]:
         """``items`` whose ``lengths`` + ``room`` tokens fit the context; others raise, with skip_bad they go."""
         if self.context is None:
             return list(items)
-        fits, too_long = [], []
+        fits: list[tuple[Item, int]] = []
+        too_long: list[tuple[Item, int]] = []
         for item, length in zip(items, lengths, strict=True):
             (fits if length + room <= self.context else too_long).append((item, length))
+        problem = ""
         if too_long:
             item, length = too_long[0]
             extra = f" with max_new_tokens {room}" if room else ""
             problem = (
-                f"{kind} {getattr(item, 'id', '')} has {length} tokens{extra}; "
+                f"{name(item)} has {length} tokens{extra}; "
                 f"the context is {self.context}, so it should have at most {self.context - room}"
             )
             if not self.config.skip_bad:
                 raise FastpoError(f"{problem} (--skip_bad leaves such rows out and counts them)")
             log.warning("skipped %d of %d that are too long, the first: %s", len(too_long), len(items), problem)
         if not fits:
-            raise FastpoError(f"no {kind} fits the context of {self.context} tokens")
+            raise FastpoError(f"nothing fits the context of {self.context} tokens: {problem}")
         return [item for item, _ in fits]
 
 

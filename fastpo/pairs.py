@@ -116,7 +116,7 @@ def scpo_pair(answers: Sequence[str | None], keep: Sequence[int], *, threshold: 
     voters = [i for i in keep if answers[i] is not None]
     if not voters:
         return "no_answer"
-    counts = [votes[answers[i]] for i in voters]
+    counts = [votes[answer] for i in voters if (answer := answers[i]) is not None]
     most, least = max(counts), min(counts)
     if most < threshold * len(answers):
         return "below_threshold"
@@ -128,7 +128,7 @@ def scpo_pair(answers: Sequence[str | None], keep: Sequence[int], *, threshold: 
 def build_pairs(
     samples: Sequence[dict[str, Any]], rewards: Sequence[dict[str, Any]], config: Config, iteration: int = 1
 ) -> tuple[list[dict[str, Any]], PairCounts]:
-    """Rows ``{"prompt", "chosen", "rejected", "weight"}`` with keys of responses: ``<prompt id>/<sample>``, ``.../gold``.
+    """Rows ``{"prompt", "chosen", "rejected", "weight"}``, naming responses ``<prompt id>/<sample>`` or ``.../gold``.
 
     ``samples``: rows of samples.jsonl; ``rewards``: the rows of rewards.jsonl in the same order. A pure function of its
     arguments: prompts in their order, samples in theirs.

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastpo.config import Config
 from fastpo.errors import FastpoError
@@ -43,7 +43,7 @@ def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
 
 
-def build_llama(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_llama(config: Config, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """An untrained Llama of the config's sizes (fp32, CPU, tied embeddings), initialised from the seed alone."""
     sizes = LlamaConfig(
         vocab_size=len(tokenizer),

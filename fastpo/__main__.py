@@ -1,0 +1,5 @@
+import sys
+
+from fastpo.cli import main
+
+sys.exit(main())

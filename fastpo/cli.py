@@ -1,0 +1,206 @@
+"""The command line: ``fastpo COMMAND [RECIPE] [--key value ...]``. Errors become one line and an exit code."""
+
+import argparse
+import inspect
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from fastpo import config as keys
+from fastpo.config import Config, read_recipe
+from fastpo.errors import FastpoError, suggestion
+
+OVERVIEW = """\
+fastpo: iterative preference optimization of language models.
+
+usage: fastpo COMMAND [RECIPE] [--key value ...]       fastpo COMMAND --help says more, with an example
+
+a whole run
+  demo       the embedded task from nothing to a better model, in minutes on a CPU, no downloads
+  train      iterations of sample, reward, pairs, reference, train, evaluate; goes on where it was stopped
+  report     report.html of a run: curves, tables, sample answers
+
+its stages alone, on files
+  sample     responses to prompts                       prompts.jsonl   -> samples.jsonl
+  pairs      rewards and preference pairs               samples.jsonl   -> preferences.jsonl
+  score      log-probs of responses under a model       responses.jsonl -> scores.jsonl
+  evaluate   greedy accuracy on held-out problems       problems.jsonl  -> evaluation.json
+
+around it
+  convert    GSM8K's published files to fastpo's
+  info       what this installation can run, and why the rest is off
+
+settings: a flat set of keys. Defaults, then RECIPE (a YAML file, or irpo, scpo, gsm8k, demo), then the command line;
+--num_samples and --num-samples are the same.
+
+exit codes
+  0    done
+  1    the run failed: no pairs, a reward that raised, a full disk, a crash. Finished stages are kept: run it again
+  2    wrong usage or bad input, found before any work
+  130  interrupted; finished stages are kept
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. The docstring of ``run`` is its help."""
+
+    name: str
+    run: Callable[[Config, argparse.Namespace], None]
+    groups: tuple[type, ...]  # of keys
+    arguments: tuple[tuple[str, dict[str, Any]], ...] = ()  # of its own
+    recipe: str | None = None  # the recipe where none is given
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows one spelling of each option, and no default where there is none."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(120, max(80, _terminal_width())))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else f" {self._format_args(action, self._metavar(action))}"
+        return action.option_strings[0] + value
+
+    def _metavar(self, action: argparse.Action) -> str:
+        if action.choices is not None:
+            return "{" + ",".join(map(str, action.choices)) + "}"
+        return {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[call-overload]
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, argparse.SUPPRESS) or not action.option_strings:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, _as_list(action.default)))})"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [repr(value) if isinstance(value, str) else value]
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def parse(command: Command, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """The config (defaults, recipe, command line) and the command's own arguments."""
+    parser = _parser(command)
+    given, _ = parser.parse_known_args(argv)
+    recipe = given.recipe or command.recipe
+    values = read_recipe(recipe) if recipe else {}
+    parser.set_defaults(**values)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [o.lstrip("-") for action in parser._actions for o in action.option_strings]
+        name = unknown[0].split("=")[0]
+        raise FastpoError(
+            f"{command.name} has no option {name}{suggestion(name.lstrip('-'), options)} (fastpo {command.name} --help)"
+        )
+    parsed = {name: value for name, value in vars(namespace).items() if name in keys.key_types()}
+    return Config(**{**values, **parsed}), namespace
+
+
+def _parser(command: Command) -> argparse.ArgumentParser:
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise FastpoError(f"{message} (fastpo {command.name} --help)")
+
+    parser = Parser(
+        [],
+        prog=f"fastpo {command.name}",
+        usage=f"fastpo {command.name} [RECIPE] [--key value ...]",
+        description=inspect.getdoc(command.run),
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", help="YAML file of keys, or a shipped recipe: irpo, scpo, gsm8k, demo")
+    for name, settings in command.arguments:
+        parser.add_argument(name, *_dashed(name), **settings)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for group in command.groups:
+        parser._add_dataclass_arguments(group)
+    for action in parser._actions:
+        if action.type in (int, float, str) and action.default is None and action.option_strings:
+            action.type = _optional(action.type)  # type: ignore[arg-type]
+    return parser
+
+
+def _dashed(name: str) -> list[str]:
+    dashed = "--" + name[2:].replace("_", "-")
+    return [dashed] if dashed != name else []
+
+
+def _optional(kind: type) -> Callable[[str], Any]:
+    """``kind``, or None where the text is ``none``."""
+
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(OVERVIEW)
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from fastpo import __version__
+
+        print(f"fastpo {__version__}")
+        return 0
+    debug = "--debug" in argv
+    try:
+        return _run(argv[0], argv[1:])
+    except FastpoError as error:
+        return _fail(error, error.exit_code, debug)
+    except ValueError as error:
+        return _fail(error, 2, debug)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished stages are kept: the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"fastpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _run(name: str, argv: list[str]) -> int:
+    if name == "info":
+        from fastpo import info
+
+        return info.main() or 0
+    from fastpo import commands
+
+    if name not in commands.COMMANDS:
+        known = [*commands.COMMANDS, "info"]
+        raise FastpoError(f"there is no command {name!r}{suggestion(name, known)} (one of {', '.join(known)})")
+    _quiet_libraries()
+    config, arguments = parse(commands.COMMANDS[name], argv)
+    commands.COMMANDS[name].run(config, arguments)
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Our own lines only: warnings of fastpo to stderr, no bars or notices of transformers."""
+    logging.basicConfig(format="fastpo: %(message)s", level=logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

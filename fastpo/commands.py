@@ -1,0 +1,319 @@
+"""What the commands do: thin, over the loop and its stages."""
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from fastpo import config as keys
+from fastpo import convert, stages
+from fastpo.artifacts import StrPath, read_jsonl, write_json, write_jsonl
+from fastpo.cli import Command
+from fastpo.config import Config
+from fastpo.console import Display, results_table
+from fastpo.data import Codec, evaluation_prompts, parse_demonstration, read_rows, training_prompts
+from fastpo.errors import FastpoError, RunError
+from fastpo.loop import Loop, iterations_of, train
+from fastpo.models import load_model, load_tokenizer
+from fastpo.pairs import build_pairs, explain_no_pairs
+from fastpo.report import write_report
+from fastpo.rewards import Scorer, load_reward
+from fastpo.run import BUILT_MODELS, context_of, make_accelerator
+
+
+def run_train(config: Config, arguments: argparse.Namespace) -> None:
+    """Iterations of sample -> reward -> pairs -> reference log-probs -> train -> evaluate.
+
+    reads:  --data, prompts, and/or --preferences, pairs; --warm_start, demonstrations; --model
+    writes: output_dir/iteration_k/{samples,rewards,pairs}.jsonl, reference.safetensors, model/, metrics.json,
+            evaluation.json; output_dir/report.html, tensorboard/
+
+    Stopped anywhere, the same command goes on from there and ends with the same weights.
+
+    examples:
+      fastpo train irpo --model PATH --data prompts.jsonl --output_dir runs/irpo --beta 0.2 --iterations 3
+      fastpo train gsm8k --preferences pairs.jsonl --warm_start demonstrations.jsonl --output_dir runs/gsm8k
+      accelerate launch --num_processes 4 -m fastpo train irpo --model PATH --data prompts.jsonl
+    """
+    if arguments.dry_run:
+        print(plan(config))
+        return
+    accelerator = make_accelerator(config)
+    with Display(accelerator.is_main_process) as display:
+        train(config, display)
+    display.final_table()
+    if accelerator.is_main_process:
+        print(f"report: {write_report(config.output_dir)}")
+
+
+def run_demo(config: Config, arguments: argparse.Namespace) -> None:
+    """The embedded task from nothing to a better model.
+
+    A tiny Llama is warm-started on word arithmetic of mixed quality and improved by iterations of IRPO. No downloads,
+    minutes on a CPU. It is `fastpo train demo`: every key can be changed.
+
+    writes: output_dir, as fastpo train does
+
+    example:
+      fastpo demo --output_dir runs/demo --seed 1
+    """
+    run_train(config, arguments)
+
+
+def plan(config: Config) -> str:
+    """What ``train`` would do: everything is read and checked, nothing is written or trained."""
+    loop = Loop(config, Display(enabled=False))
+    lines = [f"output_dir {config.output_dir}, model {config.model}, context {loop.context or 'unlimited'} tokens"]
+    if config.model != "tiny-llama" or loop.run.has(loop.folder(0) / "tokenizer"):
+        loop.check_data()
+    if config.warm_start:
+        done = "done" if loop.run.has(loop.folder(0) / "model") else f"{config.warm_start_steps} steps"
+        lines.append(f"warm start on {config.warm_start}: {done}")
+    for k in range(1, iterations_of(config) + 1):
+        state = "done" if loop.run.has(loop.folder(k) / "evaluation.json") else _plan_of(config, k)
+        lines.append(f"iteration {k}: {state}")
+    lines.append(f"objective: {loop.objective}")
+    lines.append(f"config:\n{config.to_yaml()}dry run: nothing was written")
+    return "\n".join(lines)
+
+
+def _plan_of(config: Config, iteration: int) -> str:
+    if config.preferences and iteration == 1:
+        return f"train on the pairs of {config.preferences}"
+    number = len(training_prompts(config, iteration))
+    return (
+        f"{number} prompts x {config.num_samples} samples at temperature {config.at('temperature', iteration)}, "
+        f"{config.pair_rule} pairs, train in batches of {config.batch_size}"
+    )
+
+
+def run_sample(config: Config, arguments: argparse.Namespace) -> None:
+    """Responses to prompts.
+
+    reads:  --data, JSONL of {"question" or "prompt", optional "answer"}
+    writes: --out, a row per prompt with its responses [{"text", "ids", "tokens", "finished"}]
+
+    example:
+      fastpo sample --model PATH --data prompts.jsonl --num_samples 8 --temperature 0.8 --out samples.jsonl
+    """
+    model, codec, accelerator = _model_and_codec(config)
+    prompts = training_prompts(config, 1) if config.data else evaluation_prompts(config)
+    if not prompts:
+        raise FastpoError("data is missing; it should be a JSONL file of prompts, or 'embedded'")
+    lengths = [len(codec.prompt_ids(p.text)) for p in prompts]
+    prompts = codec.fitting(prompts, lengths, lambda p: f"prompt {p.id}", room=config.max_new_tokens)
+    with Display() as display, display.progress("sampling", len(prompts)) as bar:
+        rows = stages.sample(
+            model,
+            prompts,
+            codec,
+            num_samples=config.num_samples,
+            temperature=config.at("temperature", 1),
+            seed=stages.derive_seed(config.seed, "sample"),
+            accelerator=accelerator,
+            progress=bar.advance,
+        )
+    write_jsonl(arguments.out, rows)
+    print(f"{len(rows)} prompts x {config.num_samples} samples -> {arguments.out}")
+
+
+def run_pairs(config: Config, arguments: argparse.Namespace) -> None:
+    """Rewards samples and pairs them.
+
+    reads:  --input, what fastpo sample writes
+    writes: --out, JSONL of {"id", "prompt", "chosen", "rejected", "weight"}: what --preferences reads
+
+    example:
+      fastpo pairs --input samples.jsonl --reward math --pairs_per_prompt 10 --out preferences.jsonl
+    """
+    samples = read_jsonl(_needed(arguments.input, "input"))
+    for number, row in enumerate(samples, start=1):
+        if not {"id", "prompt", "row", "responses"} <= row.keys():
+            raise FastpoError(f"{arguments.input}:{number}: not a row of samples (fastpo sample writes them)")
+    scorer = Scorer(load_reward(config.reward), config.on_reward_error)
+    rewards = stages.score(samples, scorer)
+    rows, counts = build_pairs(samples, rewards, config)
+    if not rows:
+        raise RunError(explain_no_pairs(counts, config, 1))
+    by_id = {row["id"]: row for row in samples}
+    write_jsonl(arguments.out, (_preference(row, by_id[row["prompt"]]) for row in rows))
+    shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.to_dict().items() if value)
+    print(f"{shown}; reward failures {scorer.failures} -> {arguments.out}")
+
+
+def _preference(pair: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
+    def text(key: str) -> str:
+        name = key.rpartition("/")[2]
+        return sample["row"]["answer"] if name == "gold" else sample["responses"][int(name)]["text"]
+
+    return {
+        "id": f"{pair['chosen']}-{pair['rejected'].rpartition('/')[2]}",
+        "prompt": sample["prompt"],
+        "chosen": text(pair["chosen"]),
+        "rejected": text(pair["rejected"]),
+        "weight": pair["weight"],
+    }
+
+
+def run_score(config: Config, arguments: argparse.Namespace) -> None:
+    """Log-probs of responses under a model.
+
+    reads:  --input, JSONL of {"prompt", "response"}
+    writes: --out, the same with "logp" (summed over its tokens, end of sequence included), "logp_per_token", "tokens"
+
+    example:
+      fastpo score --model PATH --input responses.jsonl --out scores.jsonl
+    """
+    model, codec, accelerator = _model_and_codec(config)
+    path = _needed(arguments.input, "input")
+    rows, _ = read_rows(path, parse_demonstration, skip_bad=config.skip_bad)
+    sequences = [(codec.prompt_ids(row.prompt), codec.response_ids(row.response)) for row in rows]
+    numbered = list(enumerate(sequences))
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    kept = codec.fitting(numbered, lengths, lambda n: f"{path}, row {n[0] + 1}")
+    with Display() as display, display.progress("scoring", len(kept)) as bar:
+        packed = stages.packed_logps(model, {str(i): s for i, s in kept}, config, accelerator, bar.advance)
+    offsets = packed["cu_seqlens"].tolist()
+    sums = [packed["logps"][a:b].double().sum().item() for a, b in pairwise(offsets)]
+    write_jsonl(
+        arguments.out,
+        (
+            {
+                "prompt": rows[i].prompt,
+                "response": rows[i].response,
+                "logp": total,
+                "logp_per_token": total / len(sequences[i][1]),
+                "tokens": len(sequences[i][1]),
+            }
+            for (i, _), total in zip(kept, sums, strict=True)
+        ),
+    )
+    print(f"{len(kept)} responses, mean log-prob {sum(sums) / len(sums):.3f} -> {arguments.out}")
+
+
+def run_evaluate(config: Config, arguments: argparse.Namespace) -> None:
+    """Greedy accuracy on held-out problems.
+
+    reads:  --eval_data, JSONL of {"question" or "prompt", "answer"}, or embedded
+    writes: a table; with --out the numbers and some answers as JSON
+
+    example:
+      fastpo evaluate demo --model runs/demo/iteration_3/model --eval_prompts 500
+    """
+    model, codec, accelerator = _model_and_codec(config)
+    prompts = evaluation_prompts(config)
+    if not prompts:
+        raise FastpoError("eval_data is missing; it should be a JSONL file of problems, or 'embedded'")
+    lengths = [len(codec.prompt_ids(p.text)) for p in prompts]
+    prompts = codec.fitting(prompts, lengths, lambda p: f"prompt {p.id}", room=config.max_new_tokens)
+    with Display() as display, display.progress("evaluation", len(prompts)) as bar:
+        samples = stages.sample(
+            model,
+            prompts,
+            codec,
+            num_samples=1,
+            temperature=0.0,
+            seed=0,
+            accelerator=accelerator,
+            progress=bar.advance,
+        )
+    scorer = Scorer(load_reward(config.reward), config.on_reward_error)
+    summary = stages.evaluation_summary(samples, stages.score(samples, scorer), config)
+    greedy = [(row["prompt_ids"], row["responses"][0]["ids"]) for row in samples]
+    summary |= stages.token_statistics(model, greedy, config)
+    Display().console.print(results_table([{**summary, "name": Path(config.model).name}]))
+    if arguments.out:
+        write_json(arguments.out, summary)
+
+
+def run_report(config: Config, arguments: argparse.Namespace) -> None:
+    """report.html of a run, finished or not: accuracy, margins, log-probs, top-k mass, pairs, times, answers.
+
+    reads:  the artefacts of the run in the directory given in place of RECIPE
+    writes: report.html there, self-contained
+
+    example:
+      fastpo report runs/demo
+    """
+    print(f"report: {write_report(arguments.recipe or config.output_dir)}")
+
+
+def run_convert(config: Config, arguments: argparse.Namespace) -> None:
+    if arguments.recipe != "gsm8k":
+        raise FastpoError(f"convert knows 'gsm8k', not {arguments.recipe!r}")
+    made = convert.convert_gsm8k(
+        _needed(arguments.input, "input"),
+        arguments.out,
+        keep_calculator=arguments.keep_calculator,
+        holdout=arguments.holdout,
+        limit=arguments.limit,
+    )
+    held = f", {made.held_out} of them held out" if made.held_out else ""
+    print(f"{made.rows} {made.kind} of {made.problems} problems{held} -> {', '.join(map(str, made.paths))}")
+
+
+def _needed(value: str | None, name: str) -> StrPath:
+    if value is None:
+        raise FastpoError(f"--{name} is missing; it should be a JSONL file")
+    return value
+
+
+def _model_and_codec(config: Config) -> tuple[Any, Codec, Accelerator]:
+    if config.model in BUILT_MODELS:
+        raise FastpoError(
+            f"model {config.model} is untrained; give a directory or Hub name, such as runs/demo/iteration_3/model"
+        )
+    accelerator = make_accelerator(config)
+    codec = Codec(load_tokenizer(config.model), config, context_of(config))
+    return load_model(config.model, config.dtype).to(accelerator.device), codec, accelerator
+
+
+def _out(default: str | None, help: str = "the file to write") -> tuple[str, dict[str, Any]]:
+    return "--out", {"default": default, "help": help}
+
+
+def _input(help: str) -> tuple[str, dict[str, Any]]:
+    return "--input", {"default": None, "help": help}
+
+
+_DRY_RUN = ("--dry_run", {"action": "store_true", "help": "check everything and say what would run; write nothing"})
+_CONVERT = (
+    _input("one of GSM8K's files"),
+    _out("converted.jsonl"),
+    ("--holdout", {"type": float, "default": 0.0, "help": "share of the problems that goes to OUT.heldout.jsonl"}),
+    ("--limit", {"type": int, "default": 16, "help": "most pairs per problem"}),
+    ("--keep_calculator", {"action": "store_true", "help": "keep annotations such as <<48/2=24>>"}),
+)
+_MODEL_AND_DATA = (keys.ModelKeys, keys.DataKeys)
+
+run_convert.__doc__ = convert.__doc__
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("demo", run_demo, keys.GROUPS, (_DRY_RUN,), recipe="demo"),
+        Command("train", run_train, keys.GROUPS, (_DRY_RUN,)),
+        Command("sample", run_sample, (*_MODEL_AND_DATA, keys.SamplingKeys, keys.RunKeys), (_out("samples.jsonl"),)),
+        Command(
+            "pairs",
+            run_pairs,
+            (keys.RewardKeys, keys.PairKeys),
+            (_input("what fastpo sample wrote"), _out("preferences.jsonl")),
+        ),
+        Command(
+            "score",
+            run_score,
+            (*_MODEL_AND_DATA, keys.TrainingKeys),
+            (_input("responses to score"), _out("scores.jsonl")),
+        ),
+        Command(
+            "evaluate",
+            run_evaluate,
+            (*_MODEL_AND_DATA, keys.SamplingKeys, keys.RewardKeys, keys.EvaluationKeys),
+            (_out(None, "JSON file for the numbers and some answers"),),
+        ),
+        Command("report", run_report, (), ()),
+        Command("convert", run_convert, (), _CONVERT),
+    )
+}

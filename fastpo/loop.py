@@ -1,0 +1,409 @@
+"""The loop: sample -> reward -> pairs -> reference log-probs -> train -> evaluate, iteration after iteration.
+
+Every stage is a function of the artefacts before it and of the config, writes its own artefact atomically and is
+skipped where that is there. So a run killed anywhere and started again gives the same files, bit for bit, as one never
+killed.
+
+    DIR/config.yaml  inputs.json                   what is run, and digests of the files it reads
+    DIR/warm_start/  {tokenizer/, training.jsonl, model/, evaluation.json}           M_0
+    DIR/iteration_k/ {samples.jsonl, rewards.jsonl, pairs.jsonl, reference.safetensors, training.jsonl, metrics.json,
+                      model/, evaluation.json}                                        M_k, from M_(k-1), its reference
+    DIR/timings.jsonl  tensorboard/  report.html   what was watched: not part of the promise
+
+Under ``accelerate launch`` sampling and scoring are shared out among the processes and the main one writes; all of
+them need to see the same DIR.
+"""
+
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastpo import stages
+from fastpo.artifacts import read_json, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
+from fastpo.config import Config
+from fastpo.console import Display
+from fastpo.data import (
+    Codec,
+    Prompt,
+    evaluation_prompts,
+    load_demonstrations,
+    load_preferences,
+    training_prompts,
+)
+from fastpo.errors import FastpoError, RunError
+from fastpo.models import PromptResponse
+from fastpo.pairs import PairRecord, build_pairs, explain_no_pairs
+from fastpo.rewards import Scorer, load_reward
+from fastpo.run import BUILT_MODELS, Run, context_of
+from fastpo.tracking import Tracker
+from fastpo.training import Record, TrainConfig, train_preference, train_sft
+
+Row = dict[str, Any]
+REWARD_CHUNK = 256  # prompts per part file of rewards: what a reward that raises costs at most
+
+
+class Loop:
+    """A run, stage by stage. Built cheaply and checked: what is wrong with the config is said before any work."""
+
+    def __init__(self, config: Config, display: Display):
+        check(config)
+        self.config = config
+        self.display = display
+        self.objective = stages.build_objective(config)
+        self.reward = load_reward(config.reward)
+        self.context = context_of(config)
+        self.run = Run(config, display)
+        self.tracker = Tracker(self.run.directory, enabled=config.tensorboard and self.run.main)
+
+    @cached_property
+    def codec(self) -> Codec:
+        return Codec(self.run.tokenizer(), self.config, self.context)
+
+    @cached_property
+    def heldout_pairs(self) -> list[PairRecord]:
+        path = self.config.eval_preferences
+        return stages.preference_records(load_preferences(path, self.config), self.codec) if path else []
+
+    def train(self) -> None:
+        """Everything up to ``iterations``; finished stages are skipped."""
+        self.run.open()
+        self.check_data()
+        self.warm_start()
+        self.evaluate(0)
+        for iteration in range(1, iterations_of(self.config) + 1):
+            if not self.run.has(self.folder(iteration) / "evaluation.json"):
+                self.iterate(iteration)
+            self.show_results(iteration)
+
+    def iterate(self, iteration: int) -> None:
+        pairs, counts = self.pairs(iteration)
+        reference = self.reference(iteration, pairs)
+        self.train_on(iteration, pairs, reference, counts)
+        self.evaluate(iteration, pairs, reference)
+
+    def folder(self, iteration: int) -> Path:
+        return self.run.directory / (f"iteration_{iteration}" if iteration else "warm_start")
+
+    # ---- the stages, in their order
+
+    def check_data(self) -> None:
+        """Reads every input file and tokenises the first iteration's prompts: bad rows stop the run at its start."""
+        if self.config.preferences:
+            self.given_pairs()
+        if self.config.data:
+            self.fitting_prompts(training_prompts(self.config, 1))
+        self.fitting_prompts(evaluation_prompts(self.config))
+        _ = self.heldout_pairs
+
+    def warm_start(self) -> None:
+        """M_0: a built model or the given one after supervised steps. Nothing to do without either."""
+        folder = self.folder(0)
+        if self.run.model_path(0) != folder / "model" or self.run.has(folder / "model"):
+            return
+        with self.run.timed("warm_start/model"):
+            model = self.run.build_model(self.codec.tokenizer)
+            examples = self.demonstrations()
+            if examples and self.config.warm_start_steps:
+                settings = TrainConfig(
+                    learning_rate=self.config.warm_start_learning_rate,
+                    batch_size=self.config.warm_start_batch_size,
+                    max_steps=self.config.warm_start_steps,
+                    num_epochs=None,
+                    warmup_steps=self.config.warm_start_steps // 20,
+                    **self._shared_settings("warm_start"),
+                )
+                with self.display.progress("warm start", self.config.warm_start_steps) as bar:
+                    history = train_sft(
+                        model,
+                        examples,
+                        config=settings,
+                        output_dir=folder,
+                        accelerator=self.run.accelerator,
+                        log=lambda record: self._log_step(bar, "warm_start", record),
+                    )
+                self._write_history(folder, history)
+            self.run.save_model(folder / "model", model, self.codec.tokenizer)
+            self._drop_checkpoints(folder)
+
+    def demonstrations(self) -> list[PromptResponse]:
+        """Tokenised; those longer than the context are refused or skipped."""
+        rows = load_demonstrations(self.config)
+        examples = [(self.codec.prompt_ids(row.prompt), self.codec.response_ids(row.response)) for row in rows]
+        numbered = list(enumerate(examples, start=1))
+        lengths = [len(prompt) + len(response) for prompt, response in examples]
+        return [e for _, e in self.codec.fitting(numbered, lengths, lambda n: f"demonstration {n[0]}")] if rows else []
+
+    def pairs(self, iteration: int) -> tuple[list[PairRecord], Row]:
+        """The pairs to train on, and what is to be said of them."""
+        if self.config.preferences and iteration == 1:
+            records = self.given_pairs()
+            return records, {"pairs": len(records)}
+        samples = self.samples(iteration)
+        rewards = self.rewards(iteration, samples)
+        path = self.folder(iteration) / "pairs.jsonl"
+        rows, counts = build_pairs(samples, rewards, self.config, iteration)
+        if not rows:
+            raise RunError(explain_no_pairs(counts, self.config, iteration))
+        if not self.run.has(path):
+            with self.run.on_main() as main:
+                if main:
+                    write_jsonl(path, rows)
+        found = {
+            "sample_accuracy": stages.sample_accuracy(rewards, self.config),
+            "majority_accuracy": stages.majority_accuracy(samples, rewards),
+        }
+        records = stages.pair_records(rows, samples, self.codec)
+        lengths = [len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)) for r in records]
+        return self.codec.fitting(records, lengths, lambda r: f"pair {r.chosen_key}"), {**counts.to_dict(), **found}
+
+    def given_pairs(self) -> list[PairRecord]:
+        assert self.config.preferences is not None
+        return stages.preference_records(load_preferences(self.config.preferences, self.config), self.codec)
+
+    def samples(self, iteration: int) -> list[Row]:
+        path = self.folder(iteration) / "samples.jsonl"
+        if not self.run.has(path):
+            prompts = self.fitting_prompts(training_prompts(self.config, iteration))
+            model = self.run.model(iteration - 1)
+            temperature = self.config.at("temperature", iteration)
+            name = f"iteration {iteration}: sampling"
+            with self.run.timed(f"iteration_{iteration}/samples"), self.display.progress(name, len(prompts)) as bar:
+
+                def compute(chunk: int, part: Sequence[Prompt]) -> list[Row]:
+                    return stages.sample(
+                        model,
+                        part,
+                        self.codec,
+                        num_samples=self.config.num_samples,
+                        temperature=temperature,
+                        seed=stages.derive_seed(self.config.seed, "sample", iteration, chunk),
+                        accelerator=self.run.accelerator,
+                        progress=bar.advance,
+                    )
+
+                self.run.parts(path, prompts, self.config.sample_chunk, compute)
+        return read_jsonl(path)
+
+    def fitting_prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        lengths = [len(self.codec.prompt_ids(p.text)) for p in prompts]
+        return self.codec.fitting(prompts, lengths, lambda p: f"prompt {p.id}", room=self.config.max_new_tokens)
+
+    def rewards(self, iteration: int, samples: Sequence[Row]) -> list[Row]:
+        path = self.folder(iteration) / "rewards.jsonl"
+        if not self.run.has(path):
+            scorer = self._scorer(samples)
+            name = f"iteration {iteration}: rewards"
+            with self.run.timed(f"iteration_{iteration}/rewards"), self.display.progress(name, len(samples)) as bar:
+                self.run.parts(
+                    path, samples, REWARD_CHUNK, lambda _, part: stages.score(part, scorer, progress=bar.advance)
+                )
+            if scorer is not None and scorer.failures:
+                self.display.line(f"the reward raised on {scorer.failures} samples, the first: {scorer.first_failure}")
+        return read_jsonl(path)
+
+    def _scorer(self, samples: Sequence[Row]) -> Scorer | None:
+        """ScPO needs no reward: without gold answers its samples are not scored by ``math``."""
+        unlabelled = self.config.reward == "math" and all(row["row"].get("answer") is None for row in samples)
+        if self.config.pair_rule == "scpo" and unlabelled:
+            return None
+        return Scorer(self.reward, self.config.on_reward_error)
+
+    def reference(self, iteration: int, pairs: Sequence[PairRecord]) -> dict[str, Tensor] | None:
+        """Log-probs under M_(k-1) of each distinct response of the pairs; None for an objective without reference."""
+        if self.objective.ref_coef == 0:
+            return None
+        path = self.folder(iteration) / "reference.safetensors"
+        responses = stages.responses_of(pairs)
+        if not self.run.has(path):
+            name = f"iteration {iteration}: reference"
+            with self.run.timed(f"iteration_{iteration}/reference"), self.display.progress(name, len(responses)) as bar:
+                packed = stages.packed_logps(
+                    self.run.model(iteration - 1), responses, self.config, self.run.accelerator, bar.advance
+                )
+                with self.run.on_main() as main:
+                    if main:
+                        write_tensors(path, packed)
+        return stages.split_by_key(responses, read_tensors(path))
+
+    def train_on(
+        self, iteration: int, pairs: list[PairRecord], reference: dict[str, Tensor] | None, counts: Row
+    ) -> None:
+        folder = self.folder(iteration)
+        if self.run.has(folder / "model"):
+            return
+        with self.run.timed(f"iteration_{iteration}/model"):
+            settings = TrainConfig(
+                learning_rate=self.config.learning_rate,
+                batch_size=self.config.batch_size,
+                max_steps=self.config.max_steps,
+                num_epochs=self.config.num_epochs,
+                lr_schedule=self.config.lr_schedule,
+                warmup_steps=self.config.warmup_steps,
+                weight_decay=self.config.weight_decay,
+                **self._shared_settings(f"iteration_{iteration}"),
+            )
+            model = self.run.take_model(iteration - 1)
+            name = f"iteration {iteration}: training"
+            with self.display.progress(name, settings.num_steps(len(pairs))) as bar:
+                history = train_preference(
+                    model,
+                    pairs,
+                    reference,
+                    objective=self.objective,
+                    config=settings,
+                    output_dir=folder,
+                    accelerator=self.run.accelerator,
+                    log=lambda record: self._log_step(bar, f"iteration_{iteration}", record),
+                )
+            self._write_history(folder, history)
+            with self.run.on_main() as main:
+                if main:
+                    write_json(folder / "metrics.json", {**counts, "training": last_steps(history)})
+            self.run.save_model(folder / "model", model, self.codec.tokenizer)
+            self._drop_checkpoints(folder)
+
+    def evaluate(
+        self, iteration: int, pairs: Sequence[PairRecord] = (), reference: dict[str, Tensor] | None = None
+    ) -> None:
+        """evaluation.json: greedy answers to held-out problems, held-out pairs, some training pairs scored again."""
+        path = self.folder(iteration) / "evaluation.json"
+        if self.run.has(path):
+            return
+        with self.run.timed(f"{path.parent.name}/evaluation"):
+            found = {**self._held_out_problems(iteration), **self._held_out_pairs(iteration)}
+            if pairs and self.config.eval_pairs:
+                found |= self._training_pairs(iteration, pairs, reference)
+            with self.run.on_main() as main:
+                if main:
+                    write_json(path, found)
+
+    def _held_out_problems(self, iteration: int) -> Row:
+        prompts = self.fitting_prompts(evaluation_prompts(self.config))
+        if not prompts:
+            return {}
+        model = self.run.model(iteration)
+        path = self.folder(iteration) / "evaluation.jsonl"
+        scorer = Scorer(self.reward, self.config.on_reward_error)
+        with self.display.progress(f"{path.parent.name.replace('_', ' ')}: evaluation", len(prompts)) as bar:
+
+            def compute(_: int, part: Sequence[Prompt]) -> list[Row]:
+                return stages.sample(
+                    model,
+                    part,
+                    self.codec,
+                    num_samples=1,
+                    temperature=0.0,
+                    seed=0,
+                    accelerator=self.run.accelerator,
+                    progress=bar.advance,
+                )
+
+            if not self.run.has(path):
+                self.run.parts(path, prompts, max(self.config.sample_chunk, self.config.sample_batch_size), compute)
+        samples = read_jsonl(path)
+        summary = stages.evaluation_summary(samples, stages.score(samples, scorer), self.config)
+        greedy = [(row["prompt_ids"], row["responses"][0]["ids"]) for row in samples]
+        return {**summary, **stages.token_statistics(model, greedy, self.config)}
+
+    def _held_out_pairs(self, iteration: int) -> Row:
+        if not self.heldout_pairs:
+            return {}
+        responses = stages.responses_of(self.heldout_pairs)
+        packed = stages.packed_logps(self.run.model(iteration), responses, self.config, self.run.accelerator)
+        summary = stages.pair_summary(self.heldout_pairs, stages.split_by_key(responses, packed))
+        return {f"heldout_{name}": value for name, value in summary.items()}
+
+    def _training_pairs(self, iteration: int, pairs: Sequence[PairRecord], reference: dict[str, Tensor] | None) -> Row:
+        """The same pairs before (reference) and after training: does the chosen log-prob hold?"""
+        some = [pairs[i * len(pairs) // n] for n in [min(len(pairs), self.config.eval_pairs)] for i in range(n)]
+        responses = stages.responses_of(some)
+        packed = stages.packed_logps(self.run.model(iteration), responses, self.config, self.run.accelerator)
+        found = stages.pair_summary(some, stages.split_by_key(responses, packed))
+        if reference is not None:
+            found |= {f"{name}_before": value for name, value in stages.pair_summary(some, reference).items()}
+        return {f"pairs_{name}": value for name, value in found.items()}
+
+    # ---- small things the stages share
+
+    def _shared_settings(self, stage: str) -> Row:
+        return {
+            "max_grad_norm": self.config.max_grad_norm,
+            "micro_batch_tokens": self.config.micro_batch_tokens,
+            "gradient_checkpointing": self.config.gradient_checkpointing,
+            "checkpoint_steps": self.config.checkpoint_steps,
+            "seed": stages.derive_seed(self.config.seed, "train", stage),
+        }
+
+    def _log_step(self, bar: Any, stage: str, record: Record) -> None:
+        bar.advance(int(record["step"]) - bar.done, f"loss {record['loss']:.3f}")
+        self.tracker.step(stage, record)
+
+    def _write_history(self, folder: Path, history: Sequence[Record]) -> None:
+        with self.run.on_main() as main:
+            if main:
+                write_jsonl(folder / "training.jsonl", history)
+
+    def _drop_checkpoints(self, folder: Path) -> None:
+        with self.run.on_main() as main:
+            if main:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def show_results(self, iteration: int) -> None:
+        if self.run.main:
+            rows = [result_row(self.run.directory, k) for k in range(iteration + 1)]
+            self.display.results(rows)
+            self.tracker.iteration(iteration, rows[-1])
+
+
+def train(config: Config, display: Display) -> None:
+    """The whole run into ``config.output_dir``."""
+    loop = Loop(config, display)
+    try:
+        loop.train()
+    finally:
+        loop.tracker.close()
+
+
+def check(config: Config) -> None:
+    """What a config says about itself and cannot be right, beyond single keys."""
+    if config.data is None and config.preferences is None:
+        raise FastpoError("nothing to train on: give data (prompts), preferences (pairs), or both")
+    if config.model in BUILT_MODELS and config.warm_start is None:
+        raise FastpoError(
+            f"model {config.model} starts untrained and would sample noise; give warm_start (demonstrations), or a "
+            "trained model's path"
+        )
+
+
+def iterations_of(config: Config) -> int:
+    """``iterations``, or 1 where there are given pairs and no prompts for more."""
+    return min(config.iterations, 1) if config.data is None else config.iterations
+
+
+def last_steps(history: Sequence[Record]) -> Record:
+    """Means over the last tenth of the steps."""
+    tail = history[-max(1, len(history) // 10) :]
+    names = [n for n in tail[0] if n not in ("step", "num_steps", "learning_rate")] if tail else []
+    return {"steps": len(history), **{n: sum(r[n] for r in tail) / len(tail) for n in names}}
+
+
+def result_row(directory: Path, iteration: int) -> Row:
+    """What the table shows of M_k, from its artefacts."""
+    folder = directory / (f"iteration_{iteration}" if iteration else "warm_start")
+    row: Row = {"name": f"iteration {iteration}" if iteration else "start"}
+    if (folder / "evaluation.json").is_file():
+        row |= {k: v for k, v in read_json(folder / "evaluation.json").items() if k != "examples"}
+    if (folder / "metrics.json").is_file():
+        metrics = read_json(folder / "metrics.json")
+        row |= metrics.pop("training") | metrics
+    seconds = [t["seconds"] for t in timings(directory) if t["stage"].startswith(f"{folder.name}/")]
+    return {**row, "seconds": sum(seconds) if seconds else None}
+
+
+def timings(directory: Path) -> list[Row]:
+    path = directory / "timings.jsonl"
+    return read_jsonl(path) if path.is_file() else []

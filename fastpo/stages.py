@@ -1,0 +1,266 @@
+"""The stages of an iteration as functions of models and rows, without files.
+
+The loop gives them their inputs and writes what they return; the single commands (``fastpo sample`` ...) call the same.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastpo import embedded, objectives
+from fastpo.config import Config
+from fastpo.data import Codec, Preference, Prompt
+from fastpo.errors import FastpoError
+from fastpo.models import PromptResponse, ResponseScorer, collate, response_logps, split_by_tokens
+from fastpo.objectives import Objective
+from fastpo.pairs import GOLD, PairRecord, response_key
+from fastpo.rewards import Scorer, final_answer, gold_answer, same_answer, vote_key
+from fastpo.sampling import generate
+
+Row = dict[str, Any]
+Progress = Callable[[int], None]
+SUPPLIED = {"pairs.weights"}  # what the loop can give an objective beyond log-probs
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A 53-bit seed for one use, from the run's seed and the names of the use."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 11
+
+
+def build_objective(config: Config) -> Objective:
+    """The preset with the config's beta and alpha. Raises for one that needs more than pairs with weights."""
+    settings = {key: value for key in ("beta", "alpha") if (value := getattr(config, key)) is not None}
+    try:
+        objective = objectives.by_name(config.objective, **settings)
+    except ValueError as error:
+        raise FastpoError(str(error)) from error
+    missing = sorted(set(objective.requires) - SUPPLIED)
+    if missing:
+        raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which this loop does not produce")
+    if objective.num_members > 2:
+        raise FastpoError(f"objective {config.objective} compares {objective.num_members} responses, a pair has two")
+    return objective
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    codec: Codec,
+    *,
+    num_samples: int,
+    temperature: float,
+    seed: int,
+    accelerator: Accelerator,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Per prompt ``{"id", "prompt", "row", "prompt_ids", "responses": [{"text", "ids", "tokens", "finished"}]}``.
+
+    ``ids`` end with the end of sequence where the response is finished; ``tokens`` does not count it.
+    """
+    config, tokenizer = codec.config, codec.tokenizer
+    prompt_ids = [codec.prompt_ids(p.text) for p in prompts]
+    with accelerator.autocast():
+        responses = generate(
+            model,
+            prompt_ids,
+            num_samples=num_samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            top_p=config.top_p if temperature else 1.0,
+            top_k=config.top_k if temperature else 0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=seed,
+            batch_size=config.sample_batch_size,
+            progress=progress,
+        )
+    return [
+        {
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "row": prompt.row,
+            "prompt_ids": ids,
+            "responses": [_response(r, codec) for r in samples],
+        }
+        for prompt, ids, samples in zip(prompts, prompt_ids, responses, strict=True)
+    ]
+
+
+def _response(ids: list[int], codec: Codec) -> Row:
+    finished = bool(ids) and ids[-1] == codec.tokenizer.eos_token_id
+    return {"text": codec.text(ids), "ids": ids, "tokens": len(ids) - finished, "finished": finished}
+
+
+def score(samples: Iterable[Row], scorer: Scorer | None, progress: Progress | None = None) -> list[Row]:
+    """``{"id", "rewards": [number or null], "answers": [vote or null]}`` per row of samples. No scorer, no rewards."""
+    rows = []
+    for sample_row in samples:
+        texts = [response["text"] for response in sample_row["responses"]]
+        prompt_id, prompt, data = sample_row["id"], sample_row["prompt"], sample_row["row"]
+        rewards = [None if scorer is None else scorer(prompt_id, prompt, text, data) for text in texts]
+        answers = [None if (a := final_answer(text)) is None else vote_key(a) for text in texts]
+        rows.append({"id": prompt_id, "rewards": rewards, "answers": answers})
+        if progress is not None:
+            progress(1)
+    return rows
+
+
+def pair_records(pairs: Sequence[Row], samples: Sequence[Row], codec: Codec) -> list[PairRecord]:
+    """Rows of pairs.jsonl with the tokens of the responses that their keys name."""
+    by_id = {row["id"]: row for row in samples}
+    return [_record(pair, by_id[pair["prompt"]], codec) for pair in pairs]
+
+
+def _record(pair: Row, sample_row: Row, codec: Codec) -> PairRecord:
+    def ids(key: str) -> list[int]:
+        if key == response_key(sample_row["id"], GOLD):
+            return codec.response_ids(sample_row["row"]["answer"])
+        return sample_row["responses"][int(key.rpartition("/")[2])]["ids"]
+
+    return PairRecord(
+        prompt_ids=sample_row["prompt_ids"],
+        chosen_ids=ids(pair["chosen"]),
+        rejected_ids=ids(pair["rejected"]),
+        weight=pair["weight"],
+        chosen_key=pair["chosen"],
+        rejected_key=pair["rejected"],
+    )
+
+
+def preference_records(preferences: Sequence[Preference], codec: Codec) -> list[PairRecord]:
+    """Given preferences, tokenised; equal responses to equal prompts share a key. too long ones raise or go."""
+    keys: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
+    records = []
+    for preference in preferences:
+        prompt_ids = codec.prompt_ids(preference.prompt)
+        chosen, rejected = codec.response_ids(preference.chosen), codec.response_ids(preference.rejected)
+        prompt = tuple(prompt_ids)
+        records.append(
+            PairRecord(
+                prompt_ids=prompt_ids,
+                chosen_ids=chosen,
+                rejected_ids=rejected,
+                weight=preference.weight,
+                chosen_key=keys.setdefault((prompt, tuple(chosen)), f"{preference.id}/chosen"),
+                rejected_key=keys.setdefault((prompt, tuple(rejected)), f"{preference.id}/rejected"),
+                meta={"id": preference.id},
+            )
+        )
+    lengths = [len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)) for r in records]
+    return codec.fitting(records, lengths, lambda record: f"preference {record.meta['id']}")
+
+
+def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:
+    """Each distinct response of the pairs once, by key, in order of first appearance."""
+    found: dict[str, PromptResponse] = {}
+    for pair in pairs:
+        found.setdefault(pair.chosen_key, (pair.prompt_ids, pair.chosen_ids))
+        found.setdefault(pair.rejected_key, (pair.prompt_ids, pair.rejected_ids))
+    return found
+
+
+def packed_logps(
+    model: PreTrainedModel,
+    responses: Mapping[str, PromptResponse],
+    config: Config,
+    accelerator: Accelerator,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """``{"logps": [T] fp32, "cu_seqlens": [S+1] int64}`` in the order of ``responses``, each scored once."""
+    logps, cu_seqlens = response_logps(
+        model,
+        list(responses.values()),
+        micro_batch_tokens=config.micro_batch_tokens,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    return {"logps": logps, "cu_seqlens": cu_seqlens}
+
+
+def split_by_key(responses: Mapping[str, PromptResponse], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Key -> log-probs [n] of that response, views of the packed ones."""
+    offsets = packed["cu_seqlens"].tolist()
+    return {key: packed["logps"][offsets[i] : offsets[i + 1]] for i, key in enumerate(responses)}
+
+
+def pair_summary(pairs: Sequence[PairRecord], logps: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over pairs of sequence and per-token log-probs, and the share ranked right, raw and per token."""
+    chosen = torch.stack([logps[p.chosen_key].sum() for p in pairs])  # [P]
+    rejected = torch.stack([logps[p.rejected_key].sum() for p in pairs])  # [P]
+    chosen_mean = chosen / torch.tensor([len(p.chosen_ids) for p in pairs])  # [P]
+    rejected_mean = rejected / torch.tensor([len(p.rejected_ids) for p in pairs])  # [P]
+    return {
+        "logps_chosen": chosen.mean().item(),
+        "logps_rejected": rejected.mean().item(),
+        "logps_per_token_chosen": chosen_mean.mean().item(),
+        "logps_per_token_rejected": rejected_mean.mean().item(),
+        "ranking_accuracy": (chosen > rejected).float().mean().item(),
+        "ranking_accuracy_per_token": (chosen_mean > rejected_mean).float().mean().item(),
+    }
+
+
+def evaluation_summary(samples: Sequence[Row], rewards: Sequence[Row], config: Config) -> dict[str, Any]:
+    """What one greedy response per held-out problem shows; for the embedded task also the share worked step by step."""
+    texts = [row["responses"][0] for row in samples]
+    values = [row["rewards"][0] for row in rewards]
+    summary: Row = {
+        "problems": len(samples),
+        "accuracy": _mean([float(v is not None and v >= config.win_threshold) for v in values]),
+        "answered": _mean([float(row["answers"][0] is not None) for row in rewards]),
+        "finished": _mean([float(t["finished"]) for t in texts]),
+        "tokens": _mean([t["tokens"] for t in texts]),
+    }
+    if "embedded" in (config.data, config.eval_data):
+        summary["worked"] = _mean([float(embedded.is_worked(t["text"])) for t in texts])
+    shown = zip(samples[: config.report_samples], values, strict=False)
+    summary["examples"] = [
+        {"prompt": row["prompt"], "response": row["responses"][0]["text"], "reward": value} for row, value in shown
+    ]
+    return summary
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+@torch.no_grad()
+def token_statistics(model: PreTrainedModel, sequences: Sequence[PromptResponse], config: Config) -> dict[str, float]:
+    """Entropy and top-10 mass per response token, means over all tokens. Falling mass or entropy: over-optimisation."""
+    sequences = [(prompt, response) for prompt, response in sequences if len(response)]
+    if not sequences:
+        return {}
+    scorer = ResponseScorer(model)
+    device = next(model.parameters()).device
+    names = ("entropy", "topk_mass")
+    sums, tokens = torch.zeros(len(names), dtype=torch.float64), 0
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in sequences]
+    for group in split_by_tokens(lengths, config.micro_batch_tokens):
+        batch = collate([sequences[i] for i in group]).to(device)
+        _, stats = scorer(batch, names)
+        sums += torch.stack([stats[name].double().sum().cpu() for name in names])
+        tokens += batch.labels.shape[0]
+    return dict(zip(names, (sums / tokens).tolist(), strict=True))
+
+
+def sample_accuracy(rewards: Sequence[Row], config: Config) -> float | None:
+    """Share of all sampled responses that win; None where nothing was rewarded."""
+    values = [v for row in rewards for v in row["rewards"] if v is not None]
+    return _mean([float(v >= config.win_threshold) for v in values]) if values else None
+
+
+def majority_accuracy(samples: Sequence[Row], rewards: Sequence[Row]) -> float | None:
+    """Share of prompts whose most voted answer is right (the first one where votes tie); None without gold answers."""
+    hits = []
+    for sample_row, row in zip(samples, rewards, strict=True):
+        gold = gold_answer(sample_row["row"])
+        votes = [a for a in row["answers"] if a is not None]
+        if gold is None:
+            return None
+        hits.append(float(bool(votes) and same_answer(max(votes, key=votes.count), gold)))
+    return _mean(hits)
