@@ -66,16 +66,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        value = "" if action.nargs == 0 else f" {self._format_args(action, self._metavar(action))}"
-        return action.option_strings[0] + value
+        flag = action.nargs in (0, "?")
+        return action.option_strings[0] + ("" if flag else f" {self._format_args(action, self._metavar(action))}")
 
     def _metavar(self, action: argparse.Action) -> str:
         if action.choices is not None:
             return "{" + ",".join(map(str, action.choices)) + "}"
-        return {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[call-overload]
+        return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), "TEXT")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, argparse.SUPPRESS) or not action.option_strings:
+        if action.default in (None, False, "", argparse.SUPPRESS) or not action.option_strings:
             return action.help
         return f"{action.help} (default: {' '.join(map(str, _as_list(action.default)))})"
 
@@ -126,10 +126,12 @@ def _parser(command: Command) -> argparse.ArgumentParser:
         parser.add_argument(name, *_dashed(name), **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for group in command.groups:
-        parser._add_dataclass_arguments(group)
+        parser._add_dataclass_arguments(group)  # type: ignore[arg-type]
     for action in parser._actions:
         if action.type in (int, float, str) and action.default is None and action.option_strings:
-            action.type = _optional(action.type)  # type: ignore[arg-type]
+            action.type = _optional(action.type)
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            action.help = f"not {action.option_strings[0].removeprefix('--no_')}"
     return parser
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from fastpo import config as keys
 from fastpo import convert, stages
-from fastpo.artifacts import StrPath, read_jsonl, write_json, write_jsonl
+from fastpo.artifacts import read_jsonl, write_json, write_jsonl
 from fastpo.cli import Command
 from fastpo.config import Config
 from fastpo.console import Display, results_table
@@ -254,7 +254,7 @@ def run_convert(config: Config, arguments: argparse.Namespace) -> None:
     print(f"{made.rows} {made.kind} of {made.problems} problems{held} -> {', '.join(map(str, made.paths))}")
 
 
-def _needed(value: str | None, name: str) -> StrPath:
+def _needed(value: str | None, name: str) -> str:
     if value is None:
         raise FastpoError(f"--{name} is missing; it should be a JSONL file")
     return value
