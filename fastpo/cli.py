@@ -55,6 +55,7 @@ class Command:
     groups: tuple[type, ...]  # of keys
     arguments: tuple[tuple[str, dict[str, Any]], ...] = ()  # of its own
     recipe: str | None = None  # the recipe where none is given
+    subject: tuple[str, str] | None = None  # what stands in place of a recipe: name and help
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -92,7 +93,7 @@ def parse(command: Command, argv: Sequence[str]) -> tuple[Config, argparse.Names
     """The config (defaults, recipe, command line) and the command's own arguments."""
     parser = _parser(command)
     given, _ = parser.parse_known_args(argv)
-    recipe = given.recipe or command.recipe
+    recipe = (None if command.subject else given.recipe) or command.recipe
     values = read_recipe(recipe) if recipe else {}
     parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(argv)
@@ -109,6 +110,11 @@ def parse(command: Command, argv: Sequence[str]) -> tuple[Config, argparse.Names
 def _parser(command: Command) -> argparse.ArgumentParser:
     from transformers.hf_argparser import HfArgumentParser
 
+    subject, subject_help = command.subject or (
+        "recipe",
+        "YAML file of keys, or a shipped one: irpo, scpo, gsm8k, demo",
+    )
+
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise FastpoError(f"{message} (fastpo {command.name} --help)")
@@ -116,12 +122,12 @@ def _parser(command: Command) -> argparse.ArgumentParser:
     parser = Parser(
         [],
         prog=f"fastpo {command.name}",
-        usage=f"fastpo {command.name} [RECIPE] [--key value ...]",
+        usage=f"fastpo {command.name} {subject.upper() if command.subject else '[RECIPE]'} [--key value ...]",
         description=inspect.getdoc(command.run),
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", nargs="?", help="YAML file of keys, or a shipped recipe: irpo, scpo, gsm8k, demo")
+    parser.add_argument(subject, nargs=None if command.subject else "?", help=subject_help)
     for name, settings in command.arguments:
         parser.add_argument(name, *_dashed(name), **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

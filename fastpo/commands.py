@@ -231,18 +231,18 @@ def run_evaluate(config: Config, arguments: argparse.Namespace) -> None:
 def run_report(config: Config, arguments: argparse.Namespace) -> None:
     """report.html of a run, finished or not: accuracy, margins, log-probs, top-k mass, pairs, times, answers.
 
-    reads:  the artefacts of the run in the directory given in place of RECIPE
-    writes: report.html there, self-contained
+    reads:  the artefacts in DIRECTORY
+    writes: DIRECTORY/report.html, self-contained
 
     example:
       fastpo report runs/demo
     """
-    print(f"report: {write_report(arguments.recipe or config.output_dir)}")
+    print(f"report: {write_report(arguments.directory)}")
 
 
 def run_convert(config: Config, arguments: argparse.Namespace) -> None:
-    if arguments.recipe != "gsm8k":
-        raise FastpoError(f"convert knows 'gsm8k', not {arguments.recipe!r}")
+    if arguments.format != "gsm8k":
+        raise FastpoError(f"convert knows the format gsm8k, not {arguments.format!r}")
     made = convert.convert_gsm8k(
         _needed(arguments.input, "input"),
         arguments.out,
@@ -313,7 +313,7 @@ COMMANDS = {
             (*_MODEL_AND_DATA, keys.SamplingKeys, keys.RewardKeys, keys.EvaluationKeys),
             (_out(None, "JSON file for the numbers and some answers"),),
         ),
-        Command("report", run_report, (), ()),
-        Command("convert", run_convert, (), _CONVERT),
+        Command("report", run_report, (), subject=("directory", "a run's output_dir")),
+        Command("convert", run_convert, (), _CONVERT, subject=("format", "gsm8k")),
     )
 }

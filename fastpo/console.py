@@ -31,20 +31,20 @@ COLUMNS = (
     Column("model", "name"),
     Column("accuracy", "accuracy", "{:.1%}"),
     Column("worked", "worked", "{:.1%}"),
-    Column("ranking", "heldout_ranking_accuracy", "{:.1%}"),
-    Column("right samples", "sample_accuracy", "{:.1%}"),
+    Column("ranking", "heldout_ranking_accuracy_per_token", "{:.1%}"),
+    Column("samples right", "sample_accuracy", "{:.1%}"),
     Column("pairs", "pairs", "{:,}"),
-    Column("margin", "margin", "{:.2f}"),
-    Column("chosen logp", "logps_chosen", "{:.1f}"),
-    Column("rejected logp", "logps_rejected", "{:.1f}"),
+    Column("margin", "train_margin", "{:.2f}"),
+    Column("chosen", "pairs_logps_chosen", "{:.1f}"),
+    Column("rejected", "pairs_logps_rejected", "{:.1f}"),
     Column("top-10 mass", "topk_mass", "{:.4f}"),
     Column("seconds", "seconds", "{:.0f}"),
 )
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per model; columns that no row fills are left out."""
-    table = Table(title="results", title_justify="left")
+    """One line per model; columns that no row fills are left out. chosen, rejected: log-probs of training pairs."""
+    table = Table()
     columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
     for column in columns:
         table.add_column(column.title, justify="left" if column.key == "name" else "right")
@@ -54,12 +54,18 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def make_console() -> Console:
+    """Standard output; where that is no terminal, wide enough for the table."""
+    console = Console(file=sys.stdout)
+    return console if console.is_terminal else Console(file=sys.stdout, width=132)
+
+
 @dataclass
 class Display:
     """``with Display(main) as display``: bars by ``display.progress``, the table by ``display.results``."""
 
     enabled: bool = True
-    console: Console = field(default_factory=lambda: Console(file=sys.stdout))
+    console: Console = field(default_factory=make_console)
     rows: list[Mapping[str, Any]] = field(default_factory=list)
     _live: Live | None = None
     _progress: Progress | None = None
@@ -96,7 +102,7 @@ class Display:
             self._live.update(Group(results_table(self.rows), self._progress))
         elif rows:
             cells = ((c, rows[-1].get(c.key)) for c in COLUMNS)
-            self.line("  ".join(f"{c.title} {c.format.format(v)}" for c, v in cells if v is not None))
+            self.line("  ".join(f"{c.title} {c.format.format(v)}" for c, v in cells if v is not None)[len("model ") :])
 
     def final_table(self) -> None:
         """The whole table once more, for those who saw lines only."""

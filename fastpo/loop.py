@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fastpo import stages
-from fastpo.artifacts import read_json, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
+from fastpo.artifacts import read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
 from fastpo.config import Config
 from fastpo.console import Display
 from fastpo.data import (
@@ -37,6 +37,7 @@ from fastpo.data import (
 from fastpo.errors import FastpoError, RunError
 from fastpo.models import PromptResponse
 from fastpo.pairs import PairRecord, build_pairs, explain_no_pairs
+from fastpo.results import result_row, stage_folder
 from fastpo.rewards import Scorer, load_reward
 from fastpo.run import BUILT_MODELS, Run, context_of
 from fastpo.tracking import Tracker
@@ -86,7 +87,7 @@ class Loop:
         self.evaluate(iteration, pairs, reference)
 
     def folder(self, iteration: int) -> Path:
-        return self.run.directory / (f"iteration_{iteration}" if iteration else "warm_start")
+        return self.run.directory / stage_folder(iteration)
 
     # ---- the stages, in their order
 
@@ -102,7 +103,10 @@ class Loop:
     def warm_start(self) -> None:
         """M_0: a built model or the given one after supervised steps. Nothing to do without either."""
         folder = self.folder(0)
-        if self.run.model_path(0) != folder / "model" or self.run.has(folder / "model"):
+        if self.run.model_path(0) != folder / "model":
+            return
+        if self.run.has(folder / "model"):
+            self._drop_checkpoints(folder)
             return
         with self.run.timed("warm_start/model"):
             model = self.run.build_model(self.codec.tokenizer)
@@ -234,6 +238,7 @@ class Loop:
     ) -> None:
         folder = self.folder(iteration)
         if self.run.has(folder / "model"):
+            self._drop_checkpoints(folder)
             return
         with self.run.timed(f"iteration_{iteration}/model"):
             settings = TrainConfig(
@@ -389,21 +394,3 @@ def last_steps(history: Sequence[Record]) -> Record:
     tail = history[-max(1, len(history) // 10) :]
     names = [n for n in tail[0] if n not in ("step", "num_steps", "learning_rate")] if tail else []
     return {"steps": len(history), **{n: sum(r[n] for r in tail) / len(tail) for n in names}}
-
-
-def result_row(directory: Path, iteration: int) -> Row:
-    """What the table shows of M_k, from its artefacts."""
-    folder = directory / (f"iteration_{iteration}" if iteration else "warm_start")
-    row: Row = {"name": f"iteration {iteration}" if iteration else "start"}
-    if (folder / "evaluation.json").is_file():
-        row |= {k: v for k, v in read_json(folder / "evaluation.json").items() if k != "examples"}
-    if (folder / "metrics.json").is_file():
-        metrics = read_json(folder / "metrics.json")
-        row |= metrics.pop("training") | metrics
-    seconds = [t["seconds"] for t in timings(directory) if t["stage"].startswith(f"{folder.name}/")]
-    return {**row, "seconds": sum(seconds) if seconds else None}
-
-
-def timings(directory: Path) -> list[Row]:
-    path = directory / "timings.jsonl"
-    return read_jsonl(path) if path.is_file() else []

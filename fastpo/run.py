@@ -104,8 +104,10 @@ class Run:
             raise failure[0]
 
     def has(self, path: Path) -> bool:
-        """Whether an artefact is there: the same answer in every process."""
+        """Whether an artefact is there: the same answer in every process. Parts that a kill left beside it go."""
         answer = [path.exists()]
+        if self.main and answer[0]:
+            shutil.rmtree(parts_folder(path), ignore_errors=True)
         if self.accelerator.num_processes > 1:
             broadcast_object_list(answer)
         return answer[0]
@@ -119,7 +121,7 @@ class Run:
 
         The chunks are dealt out among the processes. What is there of a killed run is not computed again.
         """
-        folder = path.with_suffix(".parts")
+        folder = parts_folder(path)
         files = [folder / f"{c:05d}.jsonl" for c in range(-(-len(items) // chunk))]
         for c in range(self.accelerator.process_index, len(files), self.accelerator.num_processes):
             if not files[c].exists():
@@ -198,6 +200,11 @@ class Run:
                     with atomic_directory(path) as folder:
                         trained.save_pretrained(folder)
         return load_tokenizer(path)
+
+
+def parts_folder(path: Path) -> Path:
+    """Where the parts of ``path`` lie until they are all there."""
+    return path.with_suffix(".parts")
 
 
 def make_accelerator(config: Config) -> Accelerator:
