@@ -163,7 +163,7 @@ def cuda_report(source: Path, archs: Sequence[int] = ARCHS) -> list[Report]:
         command = ["nvcc", *target, *NVCC_FLAGS, *gencode, *includes, "-Xptxas=-v", "-Xcompiler=-fPIC", "--threads=2"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"nvcc does not compile {source.name}:\n{done.stderr}")
+        raise RuntimeError(f"nvcc does not compile {source.name}:\n{done.stderr[:2000]}")
     return parse_ptxas(done.stderr, source.name)
 
 
