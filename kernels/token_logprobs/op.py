@@ -29,6 +29,7 @@ Tensor(a!) grad_logits) -> ()"""
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
 _library.define(_FORWARD)
 _library.define(_BACKWARD)
+_library.define("exp(Tensor x, Tensor(a!) out) -> ()")  # of the C++ backend, for the test of its error
 _compiled = SimpleNamespace(
     forward=torch.ops.fastpo_c.token_logprobs_forward, backward=torch.ops.fastpo_c.token_logprobs_backward
 )
@@ -59,6 +60,7 @@ OP = Op(
     [
         Backend("cuda", "cuda", lambda: extension_missing("_cuda"), _why_not_fused, _compiled),
         Backend("triton", "cuda", triton_missing, _why_not_fused, _Triton),
+        Backend("cpu", "cpu", lambda: extension_missing("_C"), _why_not_fused, _compiled),
         Backend("torch", "any", always, always, reference),
     ],
 )

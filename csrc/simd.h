@@ -1,0 +1,219 @@
+// Vectors of floats for one instruction set. Included once per instruction set by simd_targets.h, hence no include guard;
+// everything is inlined and internal, so that no code of one instruction set can be linked into another's.
+//
+//   Vf               W floats: 16 (avx512), 8 (avx2) or 4 (generic: plain vector extensions, any processor)
+//   load, store      float, bfloat16 or float16 in memory, any alignment; store rounds to nearest even, NaN stays NaN
+//   load_n, store_n  the same for the first n < W elements
+//   exp              below 1 ulp where the result is normal; subnormal results within 2^-149 of the truth;
+//                    exp(-inf) = 0, NaN stays NaN
+//   tanh             below 2 ulp
+
+#include <cstdint>
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#define FASTPO_INLINE static inline __attribute__((always_inline))
+
+namespace fastpo::FASTPO_ISA {
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+#if FASTPO_SIMD_BITS == 512
+
+constexpr int W = 16;
+using Vf = __m512;
+using Vi = __m512i;
+
+FASTPO_INLINE Vf set(float x) { return _mm512_set1_ps(x); }
+FASTPO_INLINE Vf load(const float* p) { return _mm512_loadu_ps(p); }
+FASTPO_INLINE Vf load(const BFloat16* p) {
+  const Vi wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+FASTPO_INLINE Vf load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTPO_INLINE __m256i narrow(Vf x, const BFloat16*) {
+  const Vi bits = _mm512_castps_si512(x);
+  const Vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const Vi rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+FASTPO_INLINE __m256i narrow(Vf x, const Half*) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+FASTPO_INLINE void store(float* p, Vf x) { _mm512_storeu_ps(p, x); }
+template <class T>
+FASTPO_INLINE void store(T* p, Vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, p));
+}
+// Past the caches; p is aligned to a vector of T.
+FASTPO_INLINE void stream(float* p, Vf x) { _mm512_stream_ps(p, x); }
+template <class T>
+FASTPO_INLINE void stream(T* p, Vf x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x, p));
+}
+FASTPO_INLINE Vf fma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
+FASTPO_INLINE Vf max(Vf a, Vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+FASTPO_INLINE Vf min(Vf a, Vf b) { return _mm512_min_ps(a, b); }  // b where either is NaN
+FASTPO_INLINE Vf round(Vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTPO_INLINE Vf scale2(Vf x, Vf n) { return _mm512_scalef_ps(x, n); }  // x 2^n, n whole
+FASTPO_INLINE bool any_greater(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+
+#elif FASTPO_SIMD_BITS == 256
+
+constexpr int W = 8;
+using Vf = __m256;
+using Vi = __m256i;
+
+FASTPO_INLINE Vf set(float x) { return _mm256_set1_ps(x); }
+FASTPO_INLINE Vf load(const float* p) { return _mm256_loadu_ps(p); }
+FASTPO_INLINE Vf load(const BFloat16* p) {
+  const Vi wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+FASTPO_INLINE Vf load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+FASTPO_INLINE __m128i narrow(Vf x, const BFloat16*) {
+  const Vi bits = _mm256_castps_si256(x);
+  const Vi odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const Vi rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const Vi nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const Vi kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+FASTPO_INLINE __m128i narrow(Vf x, const Half*) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+FASTPO_INLINE void store(float* p, Vf x) { _mm256_storeu_ps(p, x); }
+template <class T>
+FASTPO_INLINE void store(T* p, Vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x, p));
+}
+FASTPO_INLINE void stream(float* p, Vf x) { _mm256_stream_ps(p, x); }
+template <class T>
+FASTPO_INLINE void stream(T* p, Vf x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(x, p));
+}
+FASTPO_INLINE Vf fma(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
+FASTPO_INLINE Vf max(Vf a, Vf b) { return _mm256_max_ps(a, b); }
+FASTPO_INLINE Vf min(Vf a, Vf b) { return _mm256_min_ps(a, b); }
+FASTPO_INLINE Vf round(Vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTPO_INLINE bool any_greater(Vf a, Vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+
+#else
+
+constexpr int W = 4;
+typedef float Vf __attribute__((vector_size(16)));
+typedef int32_t Vi __attribute__((vector_size(16)));
+
+FASTPO_INLINE Vf set(float x) { return Vf{x, x, x, x}; }
+FASTPO_INLINE Vf load(const float* p) {
+  Vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T>
+FASTPO_INLINE Vf load(const T* p) {
+  return Vf{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
+FASTPO_INLINE void store(float* p, Vf x) { std::memcpy(p, &x, sizeof x); }
+template <class T>
+FASTPO_INLINE void store(T* p, Vf x) {
+  for (int i = 0; i < W; ++i) p[i] = static_cast<T>(x[i]);
+}
+template <class T>
+FASTPO_INLINE void stream(T* p, Vf x) {
+  store(p, x);
+}
+FASTPO_INLINE Vf fma(Vf a, Vf b, Vf c) { return a * b + c; }
+FASTPO_INLINE Vf max(Vf a, Vf b) { return a > b ? a : b; }
+FASTPO_INLINE Vf min(Vf a, Vf b) { return a < b ? a : b; }
+FASTPO_INLINE Vf round(Vf x) { return (x + 12582912.f) - 12582912.f; }  // 1.5 * 2^23: no fraction bits are left
+FASTPO_INLINE bool any_greater(Vf a, Vf b) {
+  const Vi greater = a > b;
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
+}
+
+#endif
+
+#if FASTPO_SIMD_BITS != 512
+// x 2^n in two steps, for 2^n itself may be out of range. n is whole, from -252 to 254.
+FASTPO_INLINE Vf scale2(Vf x, Vf n) {
+  typedef int32_t Ints __attribute__((vector_size(4 * W)));
+  const Ints whole = __builtin_convertvector(n, Ints);
+  const Ints half = whole >> 1;
+  const Ints first = (half + 127) << 23, second = (whole - half + 127) << 23;
+  return x * reinterpret_cast<Vf>(first) * reinterpret_cast<Vf>(second);
+}
+#endif
+
+template <class T>
+FASTPO_INLINE Vf load_n(const T* p, int n, float fill) {
+  float x[W];
+  for (int i = 0; i < W; ++i) x[i] = i < n ? static_cast<float>(p[i]) : fill;
+  return load(x);
+}
+
+template <class T>
+FASTPO_INLINE void store_n(T* p, Vf x, int n) {
+  T narrowed[W];
+  store(narrowed, x);
+  std::memcpy(static_cast<void*>(p), narrowed, n * sizeof(T));
+}
+
+// The first n lanes of x; 0 in the others.
+FASTPO_INLINE Vf first_n(Vf x, int n) {
+  float lanes[W];
+  store(lanes, x);
+  for (int i = n; i < W; ++i) lanes[i] = 0.f;
+  return load(lanes);
+}
+
+FASTPO_INLINE float reduce_max(Vf x) {
+  float lanes[W], result;
+  store(lanes, x);
+  result = lanes[0];
+  for (int i = 1; i < W; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+FASTPO_INLINE float reduce_add(Vf x) {
+  float lanes[W];
+  store(lanes, x);
+  for (int width = W / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// exp(x) = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q minimax of degree 4 (3e-9).
+// ln 2 is split so that n times its first part is exact, with or without a fused multiply-add.
+FASTPO_INLINE Vf exp(Vf x) {
+  x = min(set(89.f), max(set(-104.f), x));
+  const Vf n = round(x * set(1.44269504f));
+  const Vf r = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), x));
+  Vf q = set(1.3814540e-3f);
+  q = fma(q, r, set(8.3687452e-3f));
+  q = fma(q, r, set(4.1668391e-2f));
+  q = fma(q, r, set(1.6666520e-1f));
+  q = fma(q, r, set(4.9999993e-1f));
+  return scale2(fma(q, r * r, r) + set(1.f), n);
+}
+
+// Below 1 an odd polynomial (minimax, 5e-9), elsewhere 1 - 2 / (e^2|x| + 1) with the sign of x.
+FASTPO_INLINE Vf tanh(Vf x) {
+  const Vf size = max(x, -x);
+  const Vf square = x * x;
+  Vf q = set(-3.58451696e-4f);
+  q = fma(q, square, set(2.30136359e-3f));
+  q = fma(q, square, set(-7.94610515e-3f));
+  q = fma(q, square, set(2.14866568e-2f));
+  q = fma(q, square, set(-5.38798025e-2f));
+  q = fma(q, square, set(1.33323446e-1f));
+  q = fma(q, square, set(-3.33332954e-1f));
+  const Vf near = fma(q * square, x, x);
+  const Vf far = set(1.f) - set(2.f) / (exp(size + size) + set(1.f));
+  return size < set(1.f) ? near : (x < set(0.f) ? -far : far);
+}
+
+}  // namespace fastpo::FASTPO_ISA
