@@ -28,23 +28,23 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Kernels {
   SumsKernel (*sums)(Type, bool capped, bool moments);
-  GradKernel (*grad)(Type, bool capped, bool stats, bool stream);
+  GradKernel (*grad)(Type, bool capped, bool stats);
   float (*softcap)(float x, float cap);
-  void (*exp)(const float* x, float* out, int64_t n);
+  void (*elementary)(const float* x, float* out, int64_t n, int64_t which);
 };
 
 Kernels kernels() {
 #if FASTPO_X86
   switch (pick_isa()) {
     case Isa::avx512:
-      return {avx512::sums_kernel, avx512::grad_kernel, avx512::softcap_one, avx512::exp_array};
+      return {avx512::sums_kernel, avx512::grad_kernel, avx512::softcap_one<true>, avx512::elementary};
     case Isa::avx2:
-      return {avx2::sums_kernel, avx2::grad_kernel, avx2::softcap_one, avx2::exp_array};
+      return {avx2::sums_kernel, avx2::grad_kernel, avx2::softcap_one<true>, avx2::elementary};
     case Isa::generic:
       break;
   }
 #endif
-  return {generic::sums_kernel, generic::grad_kernel, generic::softcap_one, generic::exp_array};
+  return {generic::sums_kernel, generic::grad_kernel, generic::softcap_one<true>, generic::elementary};
 }
 
 Type type_of(const Tensor& logits) {
@@ -119,7 +119,7 @@ struct Input {
 
   bool label_in_range(int64_t row) const { return labels[row] >= 0 && labels[row] < vocab; }
   double temperature(int64_t row) const { return temperatures == nullptr ? scalar_temperature : temperatures[row]; }
-  RowScale scale(int64_t row) const { return {softcap, static_cast<float>(1 / temperature(row))}; }
+  RowScale scale(int64_t row) const { return {softcap, 1 / temperature(row)}; }
   float softcapped(float x) const { return softcap == 0 ? x : kernels.softcap(x, softcap); }
   float softcapped(int64_t row, int64_t column) const { return softcapped(as_float(rows[row] + column * width, type)); }
   int64_t segments() const { return (vocab + kSegment - 1) / kSegment; }
@@ -147,19 +147,22 @@ struct Outputs {
   }
 };
 
-void merge(SoftmaxSums& sums, SoftmaxSums other, int k, float inverse_temperature) {
+void merge(Top& top, const Top& other) {
+  float both[2 * kMaxTopk];
+  std::merge(top.values, top.values + top.k, other.values, other.values + top.k, both, std::greater<float>());
+  std::copy(both, both + top.k, top.values);
+}
+
+void merge(SoftmaxSums& sums, SoftmaxSums other, double rate) {
   const float max = std::max(sums.max, other.max);
-  raise_max(sums, max, inverse_temperature);
-  raise_max(other, max, inverse_temperature);
+  raise_max(sums, max, rate);
+  raise_max(other, max, rate);
   sums.sum += other.sum;
   sums.sum_t += other.sum_t;
   sums.sum_squares += other.sum_squares;
-  float both[2 * kMaxTopk];
-  std::merge(sums.top, sums.top + k, other.top, other.top + k, both, std::greater<float>());
-  std::copy(both, both + k, sums.top);
 }
 
-void finish_row(const Input& input, int64_t row, const SoftmaxSums& sums, int k, const Outputs& out) {
+void finish_row(const Input& input, int64_t row, const SoftmaxSums& sums, const Top& top, const Outputs& out) {
   const double temperature = input.temperature(row);
   const bool masked_out = sums.max == -std::numeric_limits<float>::infinity();  // no token is possible: NaN, as torch
   const double log_sum = masked_out ? kNaN : std::log(sums.sum);
@@ -171,10 +174,10 @@ void finish_row(const Input& input, int64_t row, const SoftmaxSums& sums, int k,
   if (out.logsumexp) out.logsumexp[row] = static_cast<float>(sums.max / temperature + log_sum);
   if (out.entropy) out.entropy[row] = static_cast<float>(log_sum - sums.sum_t / sums.sum);
   if (out.sum_p2) out.sum_p2[row] = static_cast<float>(sums.sum_squares / (sums.sum * sums.sum));
-  if (k > 0) {
+  if (top.k > 0) {
     double mass = 0, entropy = 0;
-    for (int i = 0; i < k; ++i) {
-      const double logp = log_prob(input.softcapped(sums.top[i])), p = std::exp(logp);
+    for (int i = 0; i < top.k; ++i) {
+      const double logp = log_prob(input.softcapped(top.values[i])), p = std::exp(logp);
       mass += p;
       entropy -= p == 0 ? 0 : p * logp;
     }
@@ -194,10 +197,10 @@ void forward(const Input& input, int k, const Outputs& out) {
   const bool moments = out.entropy != nullptr || out.sum_p2 != nullptr;
   const SumsKernel kernel = input.kernels.sums(input.type, input.softcap != 0, moments);
   const int64_t segments = input.segments();
-  const auto segment_sums = [&](int64_t row, int64_t segment) {
+  const auto segment_sums = [&](int64_t row, int64_t segment, Top& top) {
     SoftmaxSums sums;
     const char* start = input.rows[row] + segment * kSegment * input.width;
-    kernel(start, input.segment_size(segment), input.scale(row), k, sums);
+    kernel(start, input.segment_size(segment), input.scale(row), top, sums);
     return sums;
   };
   for (const int64_t row : input.rows_where(true)) out.zero(row);
@@ -205,56 +208,68 @@ void forward(const Input& input, int k, const Outputs& out) {
   const int64_t rows = static_cast<int64_t>(kept.size()), elements = rows * input.vocab;
   if (rows >= 4 * static_cast<int64_t>(torch::stable::get_num_threads()) || segments == 1) {
     for_each_task(rows, elements, [&](int64_t i) {
-      SoftmaxSums sums = segment_sums(kept[i], 0);
+      Top top(k);
+      SoftmaxSums sums = segment_sums(kept[i], 0, top);
       for (int64_t segment = 1; segment < segments; ++segment) {
-        merge(sums, segment_sums(kept[i], segment), k, input.scale(kept[i]).inverse_temperature);
+        merge(sums, segment_sums(kept[i], segment, top), input.scale(kept[i]).rate);
       }
-      finish_row(input, kept[i], sums, k, out);
+      finish_row(input, kept[i], sums, top, out);
     });
     return;
   }
   // Few rows: a task is a segment. The same sums are merged in the same order.
   std::vector<SoftmaxSums> parts(rows * segments);
+  std::vector<Top> tops(rows * segments, Top(k));
   for_each_task(rows * segments, elements, [&](int64_t i) {
-    parts[i] = segment_sums(kept[i / segments], i % segments);
+    parts[i] = segment_sums(kept[i / segments], i % segments, tops[i]);
   });
   for (int64_t i = 0; i < rows; ++i) {
-    SoftmaxSums& sums = parts[i * segments];
-    for (int64_t segment = 1; segment < segments; ++segment) {
-      merge(sums, parts[i * segments + segment], k, input.scale(kept[i]).inverse_temperature);
+    const int64_t first = i * segments;
+    for (int64_t other = first + 1; other < first + segments; ++other) {
+      merge(parts[first], parts[other], input.scale(kept[i]).rate);
+      merge(tops[first], tops[other]);
     }
-    finish_row(input, kept[i], sums, k, out);
+    finish_row(input, kept[i], parts[first], tops[first], out);
   }
 }
 
-// The gradient at the label, in double: near p = 1 its two terms all but cancel.
-float label_grad(const Input& input, int64_t row, float x, double g, const RowGrad& coefs) {
-  const double temperature = input.temperature(row);
-  const double y = input.softcapped(x);
-  const double logp = (y - coefs.max) / temperature - coefs.log_sum, p = std::exp(logp);
-  double grad = -g * std::expm1(logp) + p * (coefs.a + g + coefs.c * p) + (p == 0 ? 0 : coefs.b * p * logp);
-  if (input.softcap != 0) {
-    const double t = std::tanh(static_cast<double>(x) / input.softcap);
-    grad *= (1 - t) * (1 + t);
-  }
-  return static_cast<float>(grad / temperature);
-}
+// A row's part of the gradient, g and coefs as reference.py's backward has them.
+struct RowBackward {
+  double max, log_sum, temperature;
+  double g, a, b, c;
 
-void backward(const Input& input, const float* normalizer, const float* grad_logps, const float* coefs, const Rows& grads,
-              bool stream) {
+  // At the label, in double: near p = 1 the two terms of it all but cancel.
+  float at_label(const Input& input, float x) const {
+    const double logp = (input.softcapped(x) - max) / temperature - log_sum, p = std::exp(logp);
+    double grad = -g * std::expm1(logp) + p * (a + g + c * p) + (p == 0 ? 0 : b * p * logp);
+    if (input.softcap != 0) {
+      const double t = std::tanh(static_cast<double>(x) / input.softcap);
+      grad *= (1 - t) * (1 + t);
+    }
+    return static_cast<float>(grad / temperature);
+  }
+  RowGrad elsewhere(bool stats) const {
+    const double inverse_sum = std::exp(-log_sum), factor = stats ? 1 : inverse_sum;
+    const auto scaled = [&](double x) { return static_cast<float>(x * factor / temperature); };
+    return {static_cast<float>(max), static_cast<float>(log_sum), static_cast<float>(inverse_sum),
+            scaled(a),               scaled(b),                   scaled(c)};
+  }
+};
+
+void backward(const Input& input, const float* normalizer, const float* grad_logps, const float* coefs, const Rows& grads) {
   const int64_t n = input.count, segments = input.segments();
-  const GradKernel kernel = input.kernels.grad(input.type, input.softcap != 0, coefs != nullptr, stream);
+  const GradKernel kernel = input.kernels.grad(input.type, input.softcap != 0, coefs != nullptr);
   const auto segment_grad = [&](int64_t row, int64_t segment) {
-    const float g = grad_logps[row];
-    RowGrad c{normalizer[row], normalizer[n + row], -g, 0, 0};
-    if (coefs != nullptr) c.a = coefs[row], c.b = coefs[n + row], c.c = coefs[2 * n + row];
+    const double g = grad_logps[row];
+    RowBackward back{normalizer[row], normalizer[n + row], input.temperature(row), g, -g, 0, 0};
+    if (coefs != nullptr) back.a = coefs[row], back.b = coefs[n + row], back.c = coefs[2 * n + row];
     const int64_t start = segment * kSegment * input.width, label = input.labels[row] * input.width;
     const char* x = input.rows[row];
     char* grad = grads[row];
     const bool has_label = input.label_in_range(row) && input.labels[row] / kSegment == segment;
     const float at_label = has_label ? as_float(x + label, input.type) : 0;  // before an in-place kernel overwrites it
-    kernel(x + start, input.segment_size(segment), input.scale(row), c, grad + start);
-    if (has_label) put(grad + label, input.type, label_grad(input, row, at_label, g, c));
+    kernel(x + start, input.segment_size(segment), input.scale(row), back.elsewhere(coefs != nullptr), grad + start);
+    if (has_label) put(grad + label, input.type, back.at_label(input, at_label));
   };
   const std::vector<int64_t> ignored = input.rows_where(true), kept = input.rows_where(false);
   for_each_task(static_cast<int64_t>(ignored.size()), static_cast<int64_t>(ignored.size()) * input.vocab, [&](int64_t i) {
@@ -304,16 +319,16 @@ void backward_op(const Tensor logits, const Tensor labels, const std::optional<T
   const Rows grads(grad_logits);
   const bool in_place = grads.data == input.rows.data;
   const int64_t bytes = grad_logits.numel() * input.width;
-  if (!in_place && std::getenv("FASTPO_HUGE")) use_huge_pages(grads, bytes);
-  const bool stream = !in_place && std::getenv("FASTPO_STREAM");
+  if (!in_place) use_huge_pages(grads, bytes);
   backward(input, static_cast<const float*>(normalizer.const_data_ptr()),
            static_cast<const float*>(grad_logps.const_data_ptr()),
-           coefs ? static_cast<const float*>(coefs->const_data_ptr()) : nullptr, grads, stream);
+           coefs ? static_cast<const float*>(coefs->const_data_ptr()) : nullptr, grads);
 }
 
-// exp of a vector, [n] float32, for the test of its error.
-void exp_op(const Tensor x, const Tensor out) {
-  kernels().exp(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), x.numel());
+// The elementary functions of simd.h, [n] float32, for the test of their errors.
+void elementary_op(const Tensor x, const Tensor out, int64_t which) {
+  kernels().elementary(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()),
+                       x.numel(), which);
 }
 
 }  // namespace
@@ -322,5 +337,5 @@ void exp_op(const Tensor x, const Tensor out) {
 STABLE_TORCH_LIBRARY_IMPL(fastpo_c, CPU, m) {
   m.impl("token_logprobs_forward", TORCH_BOX(&fastpo::forward_op));
   m.impl("token_logprobs_backward", TORCH_BOX(&fastpo::backward_op));
-  m.impl("exp", TORCH_BOX(&fastpo::exp_op));
+  m.impl("elementary", TORCH_BOX(&fastpo::elementary_op));
 }

@@ -29,7 +29,8 @@ Tensor(a!) grad_logits) -> ()"""
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
 _library.define(_FORWARD)
 _library.define(_BACKWARD)
-_library.define("exp(Tensor x, Tensor(a!) out) -> ()")  # of the C++ backend, for the test of its error
+# exp, exp_rate and tanh (which: 0, 1, 2) as the C++ backend computes them, for the test of their errors.
+_library.define("elementary(Tensor x, Tensor(a!) out, int which) -> ()")
 _compiled = SimpleNamespace(
     forward=torch.ops.fastpo_c.token_logprobs_forward, backward=torch.ops.fastpo_c.token_logprobs_backward
 )
