@@ -35,13 +35,13 @@ class AotConfig:
     """One shipped configuration of a triton kernel, an element of a ``triton_kernels.AOT`` list.
 
     ``signature`` maps each run-time argument to its triton type, ``"*bf16"``, ``"i64"``, ...; ``"*bf16:16"`` says that
-    the value is divisible by 16, as triton's launcher finds out of pointers and integers by itself. The remaining
-    arguments, and those that are None, are ``constexprs``.
+    the value is divisible by 16, as triton's launcher finds out of pointers and integers by itself; a tuple
+    has a tuple of types. The remaining arguments, and those that are None, are ``constexprs``.
     """
 
     label: str
     kernel: Any  # a @triton.jit function
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
@@ -100,7 +100,7 @@ def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any
     unknown = (config.signature.keys() | config.constexprs.keys()) ^ set(names)
     if unknown:
         raise ValueError(f"AOT config {config.label!r} and {config.kernel.__name__} disagree on {sorted(unknown)}")
-    signature = {n: config.signature.get(n, "constexpr").split(":")[0] for n in names}
+    signature = {n: _without_hint(config.signature.get(n, "constexpr")) for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if ":16" in config.signature.get(n, "")}
     compiled = triton.compile(
         ASTSource(config.kernel, signature, dict(config.constexprs), aligned),
@@ -115,6 +115,11 @@ def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any
     registers, stack = _cubin_usage(compiled.asm["cubin"])
     label = f"{config.kernel.__name__} [{config.label}]"
     return Report(source, label, arch, registers, compiled.metadata.shared, stack)
+
+
+def _without_hint(kind: Any) -> Any:
+    """The triton type alone; a tuple of arguments stays as it is."""
+    return kind.split(":")[0] if isinstance(kind, str) else kind
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
