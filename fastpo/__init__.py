@@ -1,3 +1,21 @@
 """fastpo: fused kernels and a fast training loop for iterative preference optimization of language models."""
 
+from fastpo import objectives
+from fastpo.kernels.preference_loss import preference_loss, sequence_scores
+from fastpo.kernels.token_logprobs import token_logprobs
+from fastpo.objectives import Objective, Term
+from fastpo.types import Pairs, PreferenceOutput, Segments
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Objective",
+    "Pairs",
+    "PreferenceOutput",
+    "Segments",
+    "Term",
+    "objectives",
+    "preference_loss",
+    "sequence_scores",
+    "token_logprobs",
+]

@@ -29,6 +29,8 @@ Tensor(a!) grad_logits) -> ()"""
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
 _library.define(_FORWARD)
 _library.define(_BACKWARD)
+# exp, exp_rate and tanh (which: 0, 1, 2) as the C++ backend computes them, for the test of their errors.
+_library.define("elementary(Tensor x, Tensor(a!) out, int which) -> ()")
 _compiled = SimpleNamespace(
     forward=torch.ops.fastpo_c.token_logprobs_forward, backward=torch.ops.fastpo_c.token_logprobs_backward
 )
@@ -59,6 +61,7 @@ OP = Op(
     [
         Backend("cuda", "cuda", lambda: extension_missing("_cuda"), _why_not_fused, _compiled),
         Backend("triton", "cuda", triton_missing, _why_not_fused, _Triton),
+        Backend("cpu", "cpu", lambda: extension_missing("_C"), _why_not_fused, _compiled),
         Backend("torch", "any", always, always, reference),
     ],
 )

@@ -1,0 +1,53 @@
+// What the vector kernels of preference_loss (preference_loss_kernel.h) and the op around them (preference_loss.cpp) share.
+#pragma once
+
+#include <cstdint>
+
+namespace fastpo {
+
+// Per-token arrays, null where absent. phi is phi(l), which is logps for the identity.
+struct TokenSlice {
+  const float* logps;
+  const float* phi;
+  const float* ref_logps;
+  const float* weights;
+  const float* kl;
+  const float* kl_weights;
+  const float* nll_weights;
+  const float* token_coefs;
+  const bool* mask;
+
+  // Whether anything but log-probs, reference and mask counts.
+  bool plain() const { return phi == logps && !weights && !kl && !nll_weights && !token_coefs; }
+};
+
+// Sums over masked-in tokens.
+struct TokenSums {
+  double score = 0;  // w (phi - rho r) + k K
+  double logps = 0;  // l
+  double nll = 0;  // u l
+  double linear = 0;  // v l
+  int64_t count = 0;
+};
+
+// coef * factor, the factor per token; null for 1.
+struct Product {
+  float coef;
+  const float* factor;
+};
+
+// What the vector kernels do for n tokens of one sequence; 0 is written where the mask is false.
+//   add         adds tokens [first, first + n) to the sums, in fp32: n should not be large
+//   fill        out = value
+//   combine     out = sum of the products
+//   difference  out = coef (a - b_coef b), b may be null
+//   multiply    out = a b
+struct PreferenceKernels {
+  void (*add)(const TokenSlice& tokens, int64_t first, int64_t n, float ref_coef, TokenSums& sums);
+  void (*fill)(float value, const bool* mask, int64_t n, float* out);
+  void (*combine)(const Product (&products)[3], const bool* mask, int64_t n, float* out);
+  void (*difference)(float coef, const float* a, const float* b, float b_coef, const bool* mask, int64_t n, float* out);
+  void (*multiply)(const float* a, const float* b, int64_t n, float* out);
+};
+
+}  // namespace fastpo
