@@ -10,12 +10,13 @@ from accelerate import Accelerator
 from fastpo import config as keys
 from fastpo import convert, stages
 from fastpo.artifacts import read_jsonl, write_json, write_jsonl
+from fastpo.checks import iterations_of
 from fastpo.cli import Command
 from fastpo.config import Config
 from fastpo.console import Display, results_table
 from fastpo.data import Codec, evaluation_prompts, parse_demonstration, read_rows, training_prompts
 from fastpo.errors import FastpoError, RunError
-from fastpo.loop import Loop, iterations_of, train
+from fastpo.loop import Loop, train
 from fastpo.models import load_model, load_tokenizer
 from fastpo.pairs import build_pairs, explain_no_pairs
 from fastpo.report import write_report

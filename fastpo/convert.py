@@ -1,16 +1,19 @@
-"""GSM8K's published files to fastpo's: ``fastpo convert gsm8k IN.jsonl OUT.jsonl``.
+"""GSM8K's published files to fastpo's.
 
-Two kinds of input are told apart by their keys:
+reads:  --input, one of two kinds, told apart by their keys
+        {"question", "answer"}: problems (train.jsonl, test.jsonl)
+        {"question", "ground_truth", "<model>": {"is_correct", "solution"}, ...}: example_model_solutions.jsonl
+writes: --out
+        of problems: {"id", "prompt", "answer"}, for --warm_start, --data and --eval_data
+        of solutions: {"id", "prompt", "chosen", "rejected"}, for --preferences: every right x wrong one, cyclically
 
-- ``{"question", "answer"}`` (train.jsonl, test.jsonl) becomes demonstrations ``{"id", "prompt", "response"}`` for
-  --warm_start.
-- ``{"question", "ground_truth", "<model>": {"is_correct", "solution"}, ...}`` (example_model_solutions.jsonl) becomes
-  preferences ``{"id", "prompt", "chosen", "rejected"}``: every right x wrong solution, each combination once, in
-  cyclic order.
+Answers end in "A: N" in both, as the model solutions do ("####" becomes "A:"). Calculator annotations such as
+<<48/2=24>> are dropped: no calculator reads them here. --holdout puts the last share of the problems in a second file,
+OUT.heldout.jsonl, for --eval_preferences or --eval_data.
 
-Answers end in ``A: N`` in both, as the model solutions do (``####`` becomes ``A:``). The calculator annotations
-``<<48/2=24>>`` are dropped unless ``--keep_calculator``: no calculator reads them here. ``--holdout SHARE`` writes the
-last share of the problems to a second file (OUT.heldout.jsonl) for --eval_preferences or --eval_data.
+examples:
+  fastpo convert gsm8k --input train.jsonl --out demonstrations.jsonl
+  fastpo convert gsm8k --input example_model_solutions.jsonl --out preferences.jsonl --holdout 0.1
 """
 
 import re
@@ -78,7 +81,7 @@ def _kind(row: dict[str, Any], source: str | Path) -> str:
 
 
 def _demonstration(row: dict[str, Any], number: int, keep_calculator: bool, limit: int) -> list[dict[str, Any]]:
-    return [{"id": str(number), "prompt": row["question"], "response": _clean(row["answer"], keep_calculator)}]
+    return [{"id": str(number), "prompt": row["question"], "answer": _clean(row["answer"], keep_calculator)}]
 
 
 def _preferences(row: dict[str, Any], number: int, keep_calculator: bool, limit: int) -> list[dict[str, Any]]:

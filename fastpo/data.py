@@ -192,7 +192,7 @@ class Codec:
             if not self.config.skip_bad:
                 raise FastpoError(f"{problem} (--skip_bad leaves such rows out and counts them)")
             log.warning("skipped %d of %d that are too long, the first: %s", len(too_long), len(items), problem)
-        if not fits:
+        if items and not fits:
             raise FastpoError(f"nothing fits the context of {self.context} tokens: {problem}")
         return [item for item, _ in fits]
 

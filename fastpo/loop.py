@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastpo import stages
 from fastpo.artifacts import read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
+from fastpo.checks import check, iterations_of, read_inputs
 from fastpo.config import Config
 from fastpo.console import Display
 from fastpo.data import (
@@ -34,12 +35,12 @@ from fastpo.data import (
     load_preferences,
     training_prompts,
 )
-from fastpo.errors import FastpoError, RunError
+from fastpo.errors import RunError
 from fastpo.models import PromptResponse
 from fastpo.pairs import PairRecord, build_pairs, explain_no_pairs
 from fastpo.results import result_row, stage_folder
 from fastpo.rewards import Scorer, load_reward
-from fastpo.run import BUILT_MODELS, Run, context_of
+from fastpo.run import Run, context_of
 from fastpo.tracking import Tracker
 from fastpo.training import Record, TrainConfig, train_preference, train_sft
 
@@ -65,12 +66,19 @@ class Loop:
         return Codec(self.run.tokenizer(), self.config, self.context)
 
     @cached_property
+    def given_pairs(self) -> list[PairRecord]:
+        return self._pairs_of(self.config.preferences)
+
+    @cached_property
     def heldout_pairs(self) -> list[PairRecord]:
-        path = self.config.eval_preferences
+        return self._pairs_of(self.config.eval_preferences)
+
+    def _pairs_of(self, path: str | None) -> list[PairRecord]:
         return stages.preference_records(load_preferences(path, self.config), self.codec) if path else []
 
     def train(self) -> None:
         """Everything up to ``iterations``; finished stages are skipped."""
+        read_inputs(self.config)
         self.run.open()
         self.check_data()
         self.warm_start()
@@ -92,13 +100,11 @@ class Loop:
     # ---- the stages, in their order
 
     def check_data(self) -> None:
-        """Reads every input file and tokenises the first iteration's prompts: bad rows stop the run at its start."""
-        if self.config.preferences:
-            self.given_pairs()
+        """Tokenises the given pairs and the first prompts: what does not fit the context stops the run at its start."""
+        _ = self.given_pairs, self.heldout_pairs
         if self.config.data:
             self.fitting_prompts(training_prompts(self.config, 1))
         self.fitting_prompts(evaluation_prompts(self.config))
-        _ = self.heldout_pairs
 
     def warm_start(self) -> None:
         """M_0: a built model or the given one after supervised steps. Nothing to do without either."""
@@ -144,8 +150,7 @@ class Loop:
     def pairs(self, iteration: int) -> tuple[list[PairRecord], Row]:
         """The pairs to train on, and what is to be said of them."""
         if self.config.preferences and iteration == 1:
-            records = self.given_pairs()
-            return records, {"pairs": len(records)}
+            return self.given_pairs, {"pairs": len(self.given_pairs)}
         samples = self.samples(iteration)
         rewards = self.rewards(iteration, samples)
         path = self.folder(iteration) / "pairs.jsonl"
@@ -163,10 +168,6 @@ class Loop:
         records = stages.pair_records(rows, samples, self.codec)
         lengths = [len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)) for r in records]
         return self.codec.fitting(records, lengths, lambda r: f"pair {r.chosen_key}"), {**counts.to_dict(), **found}
-
-    def given_pairs(self) -> list[PairRecord]:
-        assert self.config.preferences is not None
-        return stages.preference_records(load_preferences(self.config.preferences, self.config), self.codec)
 
     def samples(self, iteration: int) -> list[Row]:
         path = self.folder(iteration) / "samples.jsonl"
@@ -199,7 +200,7 @@ class Loop:
     def rewards(self, iteration: int, samples: Sequence[Row]) -> list[Row]:
         path = self.folder(iteration) / "rewards.jsonl"
         if not self.run.has(path):
-            scorer = self._scorer(samples)
+            scorer = self._scorer(samples, optional=self.config.pair_rule == "scpo")
             name = f"iteration {iteration}: rewards"
             with self.run.timed(f"iteration_{iteration}/rewards"), self.display.progress(name, len(samples)) as bar:
                 self.run.parts(
@@ -209,12 +210,10 @@ class Loop:
                 self.display.line(f"the reward raised on {scorer.failures} samples, the first: {scorer.first_failure}")
         return read_jsonl(path)
 
-    def _scorer(self, samples: Sequence[Row]) -> Scorer | None:
-        """ScPO needs no reward: without gold answers its samples are not scored by ``math``."""
+    def _scorer(self, samples: Sequence[Row], *, optional: bool) -> Scorer | None:
+        """None where a reward is ``optional`` (votes, evaluation) and ``math`` has no answers to compare with."""
         unlabelled = self.config.reward == "math" and all(row["row"].get("answer") is None for row in samples)
-        if self.config.pair_rule == "scpo" and unlabelled:
-            return None
-        return Scorer(self.reward, self.config.on_reward_error)
+        return None if optional and unlabelled else Scorer(self.reward, self.config.on_reward_error)
 
     def reference(self, iteration: int, pairs: Sequence[PairRecord]) -> dict[str, Tensor] | None:
         """Log-probs under M_(k-1) of each distinct response of the pairs; None for an objective without reference."""
@@ -292,7 +291,6 @@ class Loop:
             return {}
         model = self.run.model(iteration)
         path = self.folder(iteration) / "evaluation.jsonl"
-        scorer = Scorer(self.reward, self.config.on_reward_error)
         with self.display.progress(f"{path.parent.name.replace('_', ' ')}: evaluation", len(prompts)) as bar:
 
             def compute(_: int, part: Sequence[Prompt]) -> list[Row]:
@@ -310,7 +308,8 @@ class Loop:
             if not self.run.has(path):
                 self.run.parts(path, prompts, max(self.config.sample_chunk, self.config.sample_batch_size), compute)
         samples = read_jsonl(path)
-        summary = stages.evaluation_summary(samples, stages.score(samples, scorer), self.config)
+        rewards = stages.score(samples, self._scorer(samples, optional=True))
+        summary = stages.evaluation_summary(samples, rewards, self.config)
         greedy = [(row["prompt_ids"], row["responses"][0]["ids"]) for row in samples]
         return {**summary, **stages.token_statistics(model, greedy, self.config)}
 
@@ -371,22 +370,6 @@ def train(config: Config, display: Display) -> None:
         loop.train()
     finally:
         loop.tracker.close()
-
-
-def check(config: Config) -> None:
-    """What a config says about itself and cannot be right, beyond single keys."""
-    if config.data is None and config.preferences is None:
-        raise FastpoError("nothing to train on: give data (prompts), preferences (pairs), or both")
-    if config.model in BUILT_MODELS and config.warm_start is None:
-        raise FastpoError(
-            f"model {config.model} starts untrained and would sample noise; give warm_start (demonstrations), or a "
-            "trained model's path"
-        )
-
-
-def iterations_of(config: Config) -> int:
-    """``iterations``, or 1 where there are given pairs and no prompts for more."""
-    return min(config.iterations, 1) if config.data is None else config.iterations
 
 
 def last_steps(history: Sequence[Record]) -> Record:

@@ -171,7 +171,8 @@ def _irpo(
     config: Config,
     counts: PairCounts,
 ) -> list[tuple[int, int, float]]:
-    gold = config.gold_wins and bool(sample.get("gold")) and sample["gold"] not in texts
+    solution = sample["row"].get("answer")
+    gold = config.gold_wins and bool(solution) and solution not in texts
     pairs, winners, losers = irpo_pairs(
         scored["rewards"], keep, limit=config.pairs_per_prompt, win_threshold=config.win_threshold, gold=gold
     )

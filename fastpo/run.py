@@ -50,35 +50,46 @@ class Run:
         self._loaded: tuple[Path | str, PreTrainedModel] | None = None
 
     def open(self) -> None:
-        """Makes the directory, or checks that it holds a run of the same config on the same input files."""
-        with self.on_main():
-            self._check_config()
-            self._check_inputs()
+        """Makes the directory, or checks that it holds a run of the same config on the same input files.
+
+        A directory without results yet takes any config: a run refused at its start can be given again, mended.
+        """
+        with self.on_main() as main:
+            if not main:
+                return
+            digests = input_digests(self.config)
+            if self._has_results():
+                self._check_config()
+                self._check_inputs(digests)
+            else:
+                shutil.rmtree(self.directory / "warm_start", ignore_errors=True)
+            write_text(self.directory / "config.yaml", self.config.to_yaml())
+            write_json(self.directory / "inputs.json", digests)
+
+    def _has_results(self) -> bool:
+        """Whether anything was computed that depends on the config: all but a tokenizer, which is made in a second."""
+        folders = [self.directory / "warm_start", *self.directory.glob("iteration_*")]
+        return any(p.name != "tokenizer" for folder in folders if folder.is_dir() for p in folder.iterdir())
 
     def _check_config(self) -> None:
         path = self.directory / "config.yaml"
-        if path.is_file():
-            changes = changed_keys(yaml.safe_load(path.read_text(encoding="utf-8")), self.config.to_dict())
-            if changes:
-                raise FastpoError(
-                    f"{self.directory} holds a run of another config ({'; '.join(changes)}): give the old values, or "
-                    "another output_dir"
-                )
-        write_text(path, self.config.to_yaml())
+        old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        changes = changed_keys(old, self.config.to_dict())
+        if changes:
+            raise FastpoError(
+                f"{self.directory} holds a run of another config ({'; '.join(changes)}): give the old values, or "
+                "another output_dir"
+            )
 
-    def _check_inputs(self) -> None:
+    def _check_inputs(self, digests: dict[str, str]) -> None:
         path = self.directory / "inputs.json"
-        files = {key: getattr(self.config, key) for key in INPUT_KEYS}
-        digests = {key: file_digest(name) for key, name in files.items() if name not in (None, "embedded")}
-        if path.is_file():
-            old = read_json(path)
-            changed = [f"{key} ({files[key]})" for key in digests if old.get(key, digests[key]) != digests[key]]
-            if changed:
-                raise FastpoError(
-                    f"{', '.join(changed)} changed since the run in {self.directory} began: restore it, or give "
-                    "another output_dir"
-                )
-        write_json(path, digests)
+        old = read_json(path) if path.is_file() else {}
+        changed = [f"{key} ({getattr(self.config, key)})" for key in digests if old.get(key) != digests[key]]
+        if changed:
+            raise FastpoError(
+                f"{', '.join(changed)} changed since the run in {self.directory} began: restore it, or give another "
+                "output_dir"
+            )
 
     # ---- processes
 
@@ -200,6 +211,12 @@ class Run:
                     with atomic_directory(path) as folder:
                         trained.save_pretrained(folder)
         return load_tokenizer(path)
+
+
+def input_digests(config: Config) -> dict[str, str]:
+    """Key -> SHA-256 of each file that the config names."""
+    files = {key: getattr(config, key) for key in INPUT_KEYS}
+    return {key: file_digest(name) for key, name in files.items() if name not in (None, "embedded")}
 
 
 def parts_folder(path: Path) -> Path:

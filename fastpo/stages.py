@@ -206,12 +206,13 @@ def pair_summary(pairs: Sequence[PairRecord], logps: Mapping[str, Tensor]) -> di
 
 
 def evaluation_summary(samples: Sequence[Row], rewards: Sequence[Row], config: Config) -> dict[str, Any]:
-    """What one greedy response per held-out problem shows; for the embedded task also the share worked step by step."""
+    """What one greedy response per held-out problem shows; accuracy where it is rewarded; ``worked``: embedded task."""
     texts = [row["responses"][0] for row in samples]
     values = [row["rewards"][0] for row in rewards]
-    summary: Row = {
-        "problems": len(samples),
-        "accuracy": _mean([float(v is not None and v >= config.win_threshold) for v in values]),
+    summary: Row = {"problems": len(samples)}
+    if any(v is not None for v in values):
+        summary["accuracy"] = _mean([float(v is not None and v >= config.win_threshold) for v in values])
+    summary |= {
         "answered": _mean([float(row["answers"][0] is not None) for row in rewards]),
         "finished": _mean([float(t["finished"]) for t in texts]),
         "tokens": _mean([t["tokens"] for t in texts]),
