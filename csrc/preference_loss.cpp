@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "huge_pages.h"
 #include "parallel.h"
 #include "preference_loss.h"
 #include "preference_loss_tuples.h"
@@ -178,11 +179,12 @@ double sum_tuples(const Tuples& tuples, const Sequences& sequences, float beta, 
   const double batch = batch_tokens(tuples, sequences.lengths);
   const int64_t elements = tuples.count * tuples.members;
   std::vector<float> score_grads(elements), nll_grads(tuples.nll.empty() ? 0 : elements);
+  const auto loss_of = tuples.members == 2 ? tuple_loss<2> : tuple_loss<0>;
   for_each_task((tuples.count + kTaskTuples - 1) / kTaskTuples, elements * kTupleWork, [&](int64_t task) {
     for (int64_t p = task * kTaskTuples; p < std::min(tuples.count, (task + 1) * kTaskTuples); ++p) {
       const int64_t first = p * tuples.members;
       float* own_nll_grads = nll_grads.empty() ? nullptr : &nll_grads[first];
-      out.losses[p] = tuple_loss(tuples, sequences, p, batch, &score_grads[first], own_nll_grads);
+      out.losses[p] = loss_of(tuples, sequences, p, batch, &score_grads[first], own_nll_grads);
       for (int64_t at = first; at < first + tuples.members; ++at) {
         const int64_t i = tuples.index[at];
         const int64_t n = i < 0 ? 0 : sequences.lengths[i];
@@ -192,7 +194,6 @@ double sum_tuples(const Tuples& tuples, const Sequences& sequences, float beta, 
     }
   });
   sum_over_tuples(tuples, score_grads.data(), sequences.count, out.score_grads);
-  for (int64_t i = 0; i < sequences.count; ++i) out.score_grads[i] *= sequences.mapped[i].slope;
   if (tuples.nll.empty()) {
     std::fill_n(out.nll_grads, sequences.count, 0.f);
   } else {
@@ -298,6 +299,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_backw
   for (int g = 0; g < kGrads; ++g) {
     results.push_back(empty(*logps, {needs[g] ? tokens.num_tokens : 0}));
     outputs[g] = needs[g] ? output(results[g]) : nullptr;
+    if (needs[g]) use_huge_pages(outputs[g], tokens.num_tokens * sizeof(float));
   }
   const PreferenceKernels run = kernels();
   const bool only_logps = std::count(needs.begin(), needs.end(), true) == needs[kLogps];

@@ -1,6 +1,7 @@
 // The tuples of preference_loss on the CPU: link terms, NLL terms, and their slopes in each sequence's sums.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -45,20 +46,23 @@ inline float nll_factor(const Tuples& t, int64_t k, int64_t n, double batch) {
   return size > 0 ? static_cast<float>(-t.nll[k] / size) : 0.f;
 }
 
-// The loss of tuple p before the reduction. score_grads, nll_grads [K] become d loss / d f(S) and d loss / d (sum u l).
-inline float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, float* score_grads, float* nll_grads) {
-  const int64_t* own = t.index + p * t.members;
+// The loss of tuple p before the reduction. score_grads, nll_grads [K] become d loss / d S and d loss / d (sum u l).
+// MEMBERS: how many a tuple has, where that is known when compiling; 0: t.members.
+template <int64_t MEMBERS>
+float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, float* score_grads, float* nll_grads) {
+  const int64_t members = MEMBERS == 0 ? t.members : MEMBERS;
+  const int64_t* own = t.index + p * members;
   const float omega = t.weights ? t.weights[p] : 1.f;
   const float beta_scale = t.beta_scales ? t.beta_scales[p] : 1.f;
   float loss = 0;
-  for (int64_t k = 0; k < t.members; ++k) score_grads[k] = 0;
+  for (int64_t k = 0; k < members; ++k) score_grads[k] = 0;
   for (int64_t j = 0; j < t.terms; ++j) {
-    const float* coefs = t.table.data() + j * (t.members + 5);
-    const float* rest = coefs + t.members;
+    const float* coefs = t.table.data() + j * (members + 5);
+    const float* rest = coefs + members;
     const float scale = rest[0] * beta_scale, margin = rest[1], margin_coef = rest[2], param = rest[3], weight = rest[4];
     float sum = 0;
     bool here = false;
-    for (int64_t k = 0; k < t.members; ++k) {
+    for (int64_t k = 0; k < members; ++k) {
       if (own[k] < 0 || coefs[k] == 0) continue;
       here = true;
       sum += coefs[k] * s.mapped[own[k]].value;
@@ -69,9 +73,10 @@ inline float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double b
     const Curve at = link_at(static_cast<int>(t.links[j]), z, t.params ? t.params[p * t.terms + j] : param);
     loss += weight * at.value;
     const float slope = weight * at.slope * omega * t.factor * scale;
-    for (int64_t k = 0; k < t.members; ++k) score_grads[k] += slope * coefs[k];
+    for (int64_t k = 0; k < members; ++k) score_grads[k] += slope * coefs[k];
   }
-  for (int64_t k = 0; k < t.members && !t.nll.empty(); ++k) {
+  for (int64_t k = 0; k < members; ++k) score_grads[k] *= own[k] < 0 ? 0.f : s.mapped[own[k]].slope;
+  for (int64_t k = 0; k < members && !t.nll.empty(); ++k) {
     const float nll = own[k] < 0 || t.nll[k] == 0 ? 0.f : nll_factor(t, k, s.lengths[own[k]], batch);
     if (nll != 0) loss += nll * s.nll[own[k]];
     nll_grads[k] = nll * omega * t.factor;
@@ -81,11 +86,10 @@ inline float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double b
 
 // out[i] = what by_member [P, K] has for sequence i, added up in the order of the tuples: no result depends on threads.
 inline void sum_over_tuples(const Tuples& t, const float* by_member, int64_t num_sequences, float* out) {
-  std::vector<double> sums(num_sequences);
+  std::fill_n(out, num_sequences, 0.f);
   for (int64_t at = 0; at < t.count * t.members; ++at) {
-    if (t.index[at] >= 0) sums[t.index[at]] += by_member[at];
+    if (t.index[at] >= 0) out[t.index[at]] += by_member[at];
   }
-  for (int64_t i = 0; i < num_sequences; ++i) out[i] = static_cast<float>(sums[i]);
 }
 
 inline bool index_in_range(const Tuples& t, int64_t num_sequences) {

@@ -9,14 +9,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "huge_pages.h"
 #include "parallel.h"
 #include "token_logprobs.h"
 #define FASTPO_TARGET_INCLUDE "token_logprobs_kernel.h"
 #include "simd_targets.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fastpo {
 namespace {
@@ -301,16 +298,6 @@ void forward_op(const Tensor logits, const Tensor labels, const std::optional<Te
   forward(input, top ? static_cast<int>(std::min(topk, input.vocab)) : 0, out);
 }
 
-// Freshly mapped memory in pages of 2 MiB rather than 4 KiB: most of the time of a large first write goes into page faults.
-void use_huge_pages(const Rows& rows, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(rows.data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(rows.data) + bytes) / kPage * kPage;
-  if (end > begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 void backward_op(const Tensor logits, const Tensor labels, const std::optional<Tensor> temperatures, double temperature,
                  double logit_softcap, int64_t ignore_index, const Tensor normalizer, const Tensor grad_logps,
                  const std::optional<Tensor> coefs, const Tensor grad_logits) {
@@ -319,7 +306,7 @@ void backward_op(const Tensor logits, const Tensor labels, const std::optional<T
   const Rows grads(grad_logits);
   const bool in_place = grads.data == input.rows.data;
   const int64_t bytes = grad_logits.numel() * input.width;
-  if (!in_place) use_huge_pages(grads, bytes);
+  if (!in_place) use_huge_pages(grads.data, bytes);
   backward(input, static_cast<const float*>(normalizer.const_data_ptr()),
            static_cast<const float*>(grad_logps.const_data_ptr()),
            coefs ? static_cast<const float*>(coefs->const_data_ptr()) : nullptr, grads);

@@ -113,9 +113,7 @@ def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
         "torch eager": of(lambda x: eager_loss(x.padded, x.ref_padded, x.mask, objective), "padded"),
         "torch.compile": of(lambda x: compiled(x.padded, x.ref_padded, x.mask, objective), "padded"),
         "trl": of(lambda x: trl_loss(x.padded, x.ref_padded, x.mask, objective), "padded"),
-        "trl + mask": of(
-            lambda x: trl_loss(x.padded * x.mask, x.ref_padded * x.mask, x.mask, objective), "padded"
-        ),
+        "trl + mask": of(lambda x: trl_loss(x.padded * x.mask, x.ref_padded * x.mask, x.mask, objective), "padded"),
     }
     return runs
 
@@ -174,13 +172,18 @@ def ceiling(case: Case) -> tuple[Callable[[Inputs], Any], int]:
         sums = inputs.logps.detach().sum(), inputs.ref_logps.sum()
         return sums, torch.ones_like(inputs.logps) if case.mode == "forward_backward" else None
 
-    return run, bytes_moved(case) if not case.shape["masked"] else bytes_moved(Case(case.name, case.mode, case.dtype, case.shape | {"masked": 0}))
+    return run, bytes_moved(case) if not case.shape["masked"] else bytes_moved(
+        Case(case.name, case.mode, case.dtype, case.shape | {"masked": 0})
+    )
 
 
 def check(case: Case, inputs: Inputs, outputs: dict[str, Any]) -> None:
     """Raises AssertionError where an implementation's loss or gradient is not fastpo's."""
     (loss, grad), mask = outputs["fastpo"], inputs.mask.bool()
-    real = torch.arange(case.shape["tokens"], device=mask.device) < inputs.segments.cu_seqlens.diff()[torch.arange(len(mask))][:, None]
+    real = (
+        torch.arange(case.shape["tokens"], device=mask.device)
+        < inputs.segments.cu_seqlens.diff()[torch.arange(len(mask))][:, None]
+    )
     for name, (other_loss, other_grad) in outputs.items():
         torch.testing.assert_close(other_loss, loss, rtol=1e-4, atol=1e-6, msg=f"loss of {name}")
         if grad is None or name == "fastpo":
