@@ -23,7 +23,7 @@ _NAMES = ("Ann", "Ben", "Eva", "Ian", "Leo", "Mia", "Sam", "Zoe")
 _ITEMS = ("pens", "cups", "nuts", "figs", "keys", "eggs", "hats", "toys")
 _GAINS = ("gets", "buys", "wins")
 _LOSSES = ("eats", "loses", "sells")
-_LARGEST = 20
+_START, _STEP = 20, 12  # largest number to start from, largest one added or taken away
 _TERMS = (3, 4)
 
 
@@ -103,16 +103,16 @@ def _stream(rng: random.Random, test: bool) -> Iterator[dict[str, str]]:
 
 def _problem(rng: random.Random) -> dict[str, str]:
     name, item = rng.choice(_NAMES), rng.choice(_ITEMS)
-    total = rng.randint(1, _LARGEST)
+    total = rng.randint(1, _START)
     story, steps = [f"{name} has {total} {item}"], []
     for _ in range(rng.choice(_TERMS) - 1):
-        amount = rng.randint(1, _LARGEST)
+        amount = rng.randint(1, _STEP)
         gains = amount > total or rng.random() < 0.5
         after = total + amount if gains else total - amount
         story.append(f"{rng.choice(_GAINS if gains else _LOSSES)} {amount}")
         steps.append(f"{total}{'+' if gains else '-'}{amount}={after}\n")
         total = after
-    question = f"{', '.join(story[:-1])} and {story[-1]}. How many {item}?"
+    question = f"{', '.join(story[:-1])} and {story[-1]}. How many?"
     return {"question": question, "answer": "".join(steps) + f"#### {total}"}
 
 

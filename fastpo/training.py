@@ -7,11 +7,11 @@ result to the bit.
 
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,19 +20,12 @@ from transformers import PreTrainedModel
 
 from fastpo.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from fastpo.errors import FastpoError
-from fastpo.kernels.preference_loss import preference_loss
-from fastpo.models import PromptResponse, ResponseScorer, check_sequences, collate, context_length, split_by_tokens
+from fastpo.models import PromptResponse, ResponseScorer, check_sequences, context_length, split_by_tokens
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
-from fastpo.types import Pairs, Segments
+from fastpo.tasks import PreferenceTask, Record, SupervisedTask, Task
 
-Record = dict[str, float]  # what one step measured
 Log = Callable[[Record], None]
-_STATS = ("entropy", "topk_mass")
-_PER_PAIR = (
-    *("loss", "nll", "rewards_chosen", "rewards_rejected", "accuracy"),
-    *("logps_chosen", "logps_rejected", "logps_per_token_chosen", "logps_per_token_rejected"),
-)
 
 
 @dataclass(frozen=True)
@@ -84,21 +77,6 @@ class TrainConfig:
         return self.learning_rate * factors[self.lr_schedule]
 
 
-class Task(Protocol):
-    """What the optimizer loop needs to know of a stage."""
-
-    lengths: list[int]  # tokens of each item with its padding, for the split into micro-batches
-
-    def normalizer(self, items: Sequence[int]) -> float:
-        """What the summed loss of a batch is divided by."""
-
-    def loss(self, scorer: nn.Module, items: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The summed loss [] of some items, with gradient, and the sums [K] that ``record`` turns into means."""
-
-    def record(self, sums: list[float]) -> Record:
-        """Means over a batch from the summed values of all its micro-batches."""
-
-
 def train_sft(
     model: PreTrainedModel,
     examples: Sequence[PromptResponse],
@@ -117,7 +95,7 @@ def train_sft(
     Raises FastpoError for an empty or too long example before any work.
     """
     check_sequences(examples, context_length(model), "examples")
-    return _fit(model, _SupervisedTask(examples), config, Path(output_dir), accelerator, log)
+    return _fit(model, SupervisedTask(examples), config, Path(output_dir), accelerator, log)
 
 
 def train_preference(
@@ -144,112 +122,10 @@ def train_preference(
     Raises FastpoError before any work for an empty or too long response, and for reference log-probs that are missing
     or of the wrong shape.
     """
-    task = _PreferenceTask(pairs, ref_logps, objective)
+    task = PreferenceTask(pairs, ref_logps, objective)
     check_sequences([(p.prompt_ids, p.chosen_ids) for p in pairs], context_length(model), "chosen of pairs")
     check_sequences([(p.prompt_ids, p.rejected_ids) for p in pairs], context_length(model), "rejected of pairs")
     return _fit(model, task, config, Path(output_dir), accelerator, log)
-
-
-class _SupervisedTask:
-    def __init__(self, examples: Sequence[PromptResponse]):
-        self.examples = examples
-        self.lengths = [len(prompt) + len(response) - 1 for prompt, response in examples]
-
-    def normalizer(self, items: Sequence[int]) -> float:
-        return sum(len(self.examples[i][1]) for i in items)
-
-    def loss(self, scorer: nn.Module, items: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        batch = collate([self.examples[i] for i in items]).to(device)
-        logps, stats = scorer(batch, _STATS)  # [R]
-        loss = -logps.sum()
-        return loss, torch.stack([loss.detach(), *_stat_sums(stats), _count(logps)])
-
-    def record(self, sums: list[float]) -> Record:
-        loss, entropy, mass, tokens = sums
-        return {"loss": loss / tokens, "entropy": entropy / tokens, "topk_mass": mass / tokens, "tokens": tokens}
-
-
-class _PreferenceTask:
-    def __init__(self, pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor] | None, objective: Objective):
-        self.pairs = pairs
-        self.ref_logps = ref_logps
-        self.objective = replace(objective, reduction="sum")
-        self.lengths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) - 1) for p in pairs]
-        self._check_reference()
-
-    def _check_reference(self) -> None:
-        if self.ref_logps is None:
-            if self.objective.ref_coef:
-                raise FastpoError(f"ref_logps is None; objective {self.objective.name} compares with a reference")
-            return
-        for i, pair in enumerate(self.pairs):
-            for key, response in ((pair.chosen_key, pair.chosen_ids), (pair.rejected_key, pair.rejected_ids)):
-                if key not in self.ref_logps:
-                    raise FastpoError(f"ref_logps has no {key!r}, a response of pairs[{i}]")
-                if self.ref_logps[key].shape != (len(response),):
-                    shape = tuple(self.ref_logps[key].shape)
-                    raise FastpoError(f"ref_logps[{key!r}] has shape {shape}; it should be ({len(response)},)")
-
-    def normalizer(self, items: Sequence[int]) -> float:
-        return len(items)
-
-    def loss(self, scorer: nn.Module, items: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        pairs = [self.pairs[i] for i in items]
-        responses = _distinct_responses(pairs)
-        ids = {key: i for i, key in enumerate(responses)}
-        index = torch.tensor([[ids[_chosen(p)], ids[_rejected(p)]] for p in pairs], device=device)  # [P, 2]
-        weights = torch.tensor([p.weight for p in pairs], device=device)  # [P]
-        batch = collate(list(responses.values())).to(device)
-        logps, stats = scorer(batch, _STATS)  # [R]
-        ref_logps = None
-        if self.ref_logps is not None:
-            ref_logps = torch.cat([self.ref_logps[key] for _, key in responses]).to(device)  # [R]
-        out = preference_loss(
-            logps, ref_logps, Segments(batch.cu_seqlens), Pairs(index, weights=weights), self.objective
-        )
-        lengths = batch.cu_seqlens.diff()[index]  # [P, 2]
-        sums = [
-            out.losses.sum(),
-            out.nll[:, 0].sum(),
-            *out.rewards.sum(0),
-            (out.margins > 0).float().sum(),
-            *out.logps[index].sum(0),
-            *(out.logps[index] / lengths).sum(0),
-            _count(index[:, 0]),
-            *_stat_sums(stats),
-            _count(logps),
-        ]
-        return out.loss, torch.stack([s.detach().float() for s in sums])
-
-    def record(self, sums: list[float]) -> Record:
-        *per_pair, pairs, entropy, mass, tokens = sums
-        record = {name: value / pairs for name, value in zip(_PER_PAIR, per_pair, strict=True)}
-        record["margin"] = record["rewards_chosen"] - record["rewards_rejected"]
-        return {**record, "entropy": entropy / tokens, "topk_mass": mass / tokens, "tokens": tokens}
-
-
-def _chosen(pair: PairRecord) -> tuple[Hashable, str]:
-    return tuple(pair.prompt_ids), pair.chosen_key
-
-
-def _rejected(pair: PairRecord) -> tuple[Hashable, str]:
-    return tuple(pair.prompt_ids), pair.rejected_key
-
-
-def _distinct_responses(pairs: Sequence[PairRecord]) -> dict[tuple[Hashable, str], PromptResponse]:
-    responses: dict[tuple[Hashable, str], PromptResponse] = {}
-    for pair in pairs:
-        responses.setdefault(_chosen(pair), (pair.prompt_ids, pair.chosen_ids))
-        responses.setdefault(_rejected(pair), (pair.prompt_ids, pair.rejected_ids))
-    return responses
-
-
-def _stat_sums(stats: Mapping[str, Tensor]) -> list[Tensor]:
-    return [stats[name].detach().sum() for name in _STATS]
-
-
-def _count(rows: Tensor) -> Tensor:
-    return torch.tensor(float(rows.shape[0]), device=rows.device)
 
 
 def _fit(
@@ -257,9 +133,10 @@ def _fit(
 ) -> list[Record]:
     """Minimises the task's mean loss over the batches of ``config``. Returns the record of each step."""
     batches = config.batches(len(task.lengths))
-    model.train(config.gradient_checkpointing)  # eval mode switches dropout off, but also gradient checkpointing
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    model.eval()  # no dropout
+    if config.gradient_checkpointing:  # works in train mode only
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        _disable_dropout(model.train())
     scorer, optimizer = accelerator.prepare(ResponseScorer(model), _optimizer(model, config))
     parameters = [p for p in scorer.parameters() if p.requires_grad]
     checkpoints = output_dir / "checkpoints"
@@ -300,10 +177,19 @@ def _accumulate_gradients(
         mine = [items[i] for i in group[rank::world]]
         with nullcontext() if number == len(groups) else accelerator.no_sync(scorer):
             # a process without a share still takes part in the collectives of the forward and backward
-            loss, values = task.loss(scorer, mine or [items[group[0]]], accelerator.device)
+            loss, values = task.loss(scorer, mine or [items[group[0]]], items, accelerator.device)
             accelerator.backward(loss * (scale if mine else 0.0))
         total = total + (values if mine else torch.zeros_like(values))
     return accelerator.reduce(total).tolist()
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
