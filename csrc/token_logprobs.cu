@@ -5,7 +5,8 @@
 // statistics, the backward about 6 for two transfers. What is left to do is to keep loads in flight: a thread
 // issues kUnroll 16-byte loads before it uses the first, 64 bytes each of 1024 threads or more per multiprocessor,
 // twice what bandwidth times latency asks for. Predicted: 90% of the bandwidth that a plain copy reaches.
-// Status: compiled for sm_80, sm_90 and sm_100 without spills; not yet run on a GPU.
+// Status: compiled for sm_80, sm_90 and sm_100 without spills; tested in the emulator of tests/emulated_cuda; not yet run
+// on a GPU.
 
 #include <algorithm>
 #include <limits>
