@@ -311,7 +311,7 @@ __global__ __launch_bounds__(kThreads, kMinBackwardBlocks) void backward_kernel(
       gradient(x, span.head + i * kSize);
     }
     if (aligned) {
-      grad_vectors[i] = Vector<T>::pack(x);
+      __stwb(grad_vectors + i, Vector<T>::pack(x));
       continue;
     }
 #pragma unroll

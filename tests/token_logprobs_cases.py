@@ -18,15 +18,16 @@ def rows(n: int, vocab: int, dtype: torch.dtype = torch.float32, device: str = "
     return logits.to(device), labels.to(device)
 
 
-def spec(logits, labels, dtype, weights, *, temperature=1.0, logit_softcap=None, **settings):
+def spec(logits, labels, dtype, weights, view, *, temperature=1.0, logit_softcap=None, **settings):
     """Values of the spec computed in ``dtype``, and the gradient of their weighted sum, shaped like the logits."""
-    flat = logits.detach().to(dtype).reshape(labels.numel(), logits.shape[-1])
-    flat = torch.where(flat == -torch.inf, -1e5, flat)  # p is 0 all the same, and autograd makes no 0 * inf of it
-    flat.requires_grad_()
+    leaf = logits.detach().to(dtype)
+    leaf = torch.where(leaf == -torch.inf, -1e5, leaf)  # p is 0 all the same, and autograd makes no 0 * inf of it
+    leaf.requires_grad_()
+    flat = view(leaf).reshape(labels.numel(), logits.shape[-1])
     temperature = temperature.to(dtype) if isinstance(temperature, Tensor) else temperature
     values = reference.spec(flat, labels.reshape(-1), temperature, logit_softcap or 0.0, **settings)
-    (grad,) = torch.autograd.grad(sum((values[name] * w).sum() for name, w in weights.items()), flat)
-    return {name: value.detach() for name, value in values.items()}, grad.view(logits.shape)
+    (grad,) = torch.autograd.grad(sum((values[name] * w).sum() for name, w in weights.items()), leaf)
+    return {name: value.detach() for name, value in values.items()}, grad
 
 
 def assert_as_exact(ours, torchs, exact, tiny: float, what: str) -> None:
@@ -37,16 +38,19 @@ def assert_as_exact(ours, torchs, exact, tiny: float, what: str) -> None:
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-def check(logits, labels, stats=STATS[:5], inplace=False, **settings) -> None:
-    """Values, and the gradient of a weighted sum of everything differentiable, against the spec in fp64 and fp32."""
+def check(logits, labels, stats=STATS[:5], inplace=False, view=lambda x: x, **settings) -> None:
+    """Values, and the gradient of a weighted sum of everything differentiable, against the spec in fp64 and fp32.
+
+    The kernels see ``view(logits)``, with the strides that it has.
+    """
     generator = torch.Generator().manual_seed(1)
     differentiable = ["logps", *(name for name in STATS[:3] if name in stats)]
     weights = {name: torch.randn(labels.numel(), generator=generator).to(logits.device) for name in differentiable}
-    exact, exact_grad = spec(logits, labels, torch.float64, weights, **settings)
-    torchs, torchs_grad = spec(logits, labels, torch.float32, weights, **settings)
+    exact, exact_grad = spec(logits, labels, torch.float64, weights, view, **settings)
+    torchs, torchs_grad = spec(logits, labels, torch.float32, weights, view, **settings)
 
     leaf = logits.detach().clone().requires_grad_()
-    ours = token_logprobs(leaf * 1, labels, stats=stats, inplace_backward=inplace, **settings)
+    ours = token_logprobs(view(leaf * 1), labels, stats=stats, inplace_backward=inplace, **settings)
     values = {"logps": ours[0], **ours[1]} if stats else {"logps": ours}
     (grad,) = torch.autograd.grad(sum((values[name].view(-1) * w).sum() for name, w in weights.items()), leaf)
 

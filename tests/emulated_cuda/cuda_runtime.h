@@ -14,9 +14,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -75,6 +77,7 @@ struct Block {
   Fiber* current = nullptr;
   ucontext_t scheduler;
   std::function<void()> body;
+  std::exception_ptr error;
 
   void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -109,7 +112,11 @@ struct Block {
 inline Block block;
 
 inline void run_fiber() {
-  block.body();
+  try {
+    block.body();
+  } catch (...) {
+    block.error = std::current_exception();
+  }
   block.current->done = true;
   --block.live;
   block.progress = true;
@@ -138,6 +145,7 @@ inline void Block::run() {
       current = &fibers[i];
       if (!current->done) swapcontext(&scheduler, &current->context);
     }
+    if (error) std::rethrow_exception(std::exchange(error, nullptr));
     if (live > 0 && barrier.arrived == live) release(barrier);  // threads that have returned are not waited for
     if (!progress) throw std::runtime_error("deadlock: not all threads of a warp or block arrive");
   }
@@ -227,13 +235,29 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+
+// Loads and stores with a cache policy: a GPU traps where the address is not a multiple of the size.
 template <typename T>
-T checked_load(const T* at) {
-  if (reinterpret_cast<uintptr_t>(at) % alignof(T)) throw std::runtime_error("a misaligned load");
-  return *at;
+T* aligned(T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) throw std::runtime_error("a misaligned vector access");
+  return at;
 }
-#define __ldcs checked_load
-#define __ldg checked_load
+template <typename T>
+T __ldcs(const T* at) {
+  return *aligned(at);
+}
+template <typename T>
+T __ldg(const T* at) {
+  return *aligned(at);
+}
+template <typename T>
+void __stwb(T* at, T value) {
+  *aligned(at) = value;
+}
+template <typename T>
+void __stcs(T* at, T value) {
+  *aligned(at) = value;
+}
 using std::max;
 using std::min;
 
