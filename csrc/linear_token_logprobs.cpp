@@ -1,0 +1,226 @@
+// linear_token_logprobs on the CPU: implements the fastpo_c::linear_tile_* ops, whose arguments
+// kernels/linear_token_logprobs/reference.py describes. The vector kernels are in linear_token_logprobs_kernel.h.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "linear_token_logprobs.h"
+#include "parallel.h"
+#define FASTPO_TARGET_INCLUDE "linear_token_logprobs_kernel.h"
+#include "simd_targets.h"
+
+namespace fastpo {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Kernels {
+  decltype(&generic::transform_row) transform;
+  decltype(&generic::exp_row_dispatch) exp;
+  decltype(&generic::gradient_line<true>) gradient_row, gradient_column;
+  decltype(&generic::scale_row_dispatch) scale_row;
+  decltype(&generic::scale_transposed_dispatch) scale_transposed;
+  decltype(&generic::add_scaled_dispatch) add_scaled;
+};
+
+#define FASTPO_KERNELS(isa)                                                                                          \
+  Kernels {                                                                                                          \
+    isa::transform_row, isa::exp_row_dispatch, isa::gradient_line<true>, isa::gradient_line<false>,                  \
+        isa::scale_row_dispatch, isa::scale_transposed_dispatch, isa::add_scaled_dispatch                            \
+  }
+
+Kernels kernels() {
+#if FASTPO_X86
+  switch (pick_isa()) {
+    case Isa::avx512:
+      return FASTPO_KERNELS(avx512);
+    case Isa::avx2:
+      return FASTPO_KERNELS(avx2);
+    case Isa::generic:
+      break;
+  }
+#endif
+  return FASTPO_KERNELS(generic);
+}
+
+Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Type::float32;
+    case ScalarType::BFloat16:
+      return Type::bfloat16;
+    default:
+      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half, "a tile should be float32, bfloat16 or float16");
+      return Type::float16;
+  }
+}
+
+template <class T = float>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+TileHead tile_head(const std::optional<Tensor>& bias, double scale, double softcap) {
+  return {bias ? data(*bias) : nullptr, static_cast<float>(scale), static_cast<float>(softcap)};
+}
+
+// Which of its labels a tile of vocabulary entries [start, start + width) holds.
+struct Labels {
+  const int64_t* starts;  // [R+1]
+  const int64_t* labels;  // [E]
+  int64_t start, width;
+
+  Labels(const Tensor& starts, const Tensor& labels, int64_t start, int64_t width)
+      : starts(data<int64_t>(starts)), labels(data<int64_t>(labels)), start(start), width(width) {}
+
+  // visit(entry, column, whether the row's entry before has the same label) for the entries of a row in this tile.
+  template <class F>
+  void each(int64_t row, const F& visit) const {
+    for (int64_t entry = starts[row]; entry < starts[row + 1]; ++entry) {
+      const int64_t column = labels[entry] - start;
+      if (column < 0 || column >= width) continue;
+      visit(entry, column, entry > starts[row] && labels[entry - 1] == labels[entry]);
+    }
+  }
+
+  // d [R, v] with these strides becomes values at the labels.
+  void put(int64_t row, const float* values, float* d, int64_t row_stride, int64_t column_stride) const {
+    each(row, [&](int64_t entry, int64_t column, bool again) {
+      float& at = d[row * row_stride + column * column_stride];
+      at = again ? at + values[entry] : values[entry];
+    });
+  }
+};
+
+// The running maximum and sums of one row, and what they were relative to.
+struct RowSums {
+  float* largest;
+  double* sums;  // e^t, t e^t and e^2t at a distance of stride
+  int64_t stride;
+  bool moments;
+
+  // Raises the maximum and returns what sums relative to the old one are multiplied with.
+  float raise(float to, float inverse_temperature) const {
+    const float before = *largest;
+    if (!(to > before)) return 1;
+    *largest = to;
+    const double shift = before == -std::numeric_limits<float>::infinity()
+        ? -1e4
+        : std::max((static_cast<double>(before) - to) * inverse_temperature, -1e4);
+    const double decay = std::exp(shift);
+    if (moments) {
+      sums[stride] = (sums[stride] + sums[0] * shift) * decay;
+      sums[2 * stride] *= decay * decay;
+    }
+    sums[0] *= decay;
+    return static_cast<float>(decay);
+  }
+
+  void add(const double* tile) const {
+    for (int i = 0; i < (moments ? 3 : 1); ++i) sums[i * stride] += tile[i];
+  }
+};
+
+void forward_op(const Tensor z, const std::optional<Tensor> out, const std::optional<Tensor> bias,
+                const Tensor inverse_temperature, const Tensor starts, const Tensor labels, int64_t start, double logit_scale,
+                double logit_softcap, const Tensor largest, const Tensor sums, const Tensor decay, const Tensor picked,
+                const std::optional<Tensor> top, bool moments) {
+  const int64_t rows = z.size(0), width = z.size(1);
+  const TileHead head = tile_head(bias, logit_scale, logit_softcap);
+  const Labels where(starts, labels, start, width);
+  const Kernels kernel = kernels();
+  const Type type = out ? type_of(*out) : Type::float32;
+  const int64_t out_stride = out ? out->stride(0) : 0, element = type == Type::float32 ? 4 : 2;
+  const int k = top ? static_cast<int>(top->size(1)) : 0;
+  for_each_task(rows, rows * width, [&](int64_t row) {
+    float* y = data(z) + row * z.stride(0);
+    char* e = out ? data<char>(*out) + row * out_stride * element : nullptr;
+    const float inverse = data(inverse_temperature)[row];
+    const RowSums state{data(largest) + row, data<double>(sums) + row, sums.stride(0), moments};
+    const float highest = kernel.transform(y, width, head, k > 0 ? data(*top) + row * top->stride(0) : nullptr, k);
+    data(decay)[row] = state.raise(highest, inverse);
+    where.each(row, [&](int64_t entry, int64_t column, bool) { data(picked)[entry] = y[column]; });
+    // A row of nothing but -inf and NaN so far: any finite maximum makes 0 of the former and NaN of the latter.
+    const float m = *state.largest == -std::numeric_limits<float>::infinity() ? 0 : *state.largest;
+    double tile[3] = {};
+    kernel.exp(y, width, head, m, inverse, type, e, tile, moments);
+    state.add(tile);
+    if (e == nullptr) return;
+    where.each(row, [&](int64_t, int64_t column, bool) { std::memset(e + column * element, 0, element); });
+  });
+}
+
+void gradient_op(const Tensor z, const Tensor out, const std::optional<Tensor> bias, const Tensor inverse_temperature,
+                 const Tensor starts, const Tensor labels, int64_t start, double logit_scale, double logit_softcap,
+                 const Tensor largest, const Tensor log_sum, const Tensor coefs, const Tensor values) {
+  const int64_t rows = z.size(0), width = z.size(1), row_stride = z.stride(0), column_stride = z.stride(1);
+  STD_TORCH_CHECK(data(out) == data(z) && out.stride(0) == row_stride, "on the CPU the gradient goes over the logits");
+  const TileHead head = tile_head(bias, logit_scale, logit_softcap);
+  const TileRows of{data(inverse_temperature), data(largest), data(log_sum), data(coefs), coefs.stride(0)};
+  const Labels where(starts, labels, start, width);
+  const Kernels kernel = kernels();
+  const bool by_row = column_stride == 1;
+  const int64_t lines = by_row ? rows : width, length = by_row ? width : rows;
+  for_each_task(lines, rows * width, [&](int64_t line) {
+    float* const first = data(z) + line * (by_row ? row_stride : column_stride);
+    (by_row ? kernel.gradient_row : kernel.gradient_column)(first, length, head, of, line);
+  });
+  for (int64_t row = 0; row < rows; ++row) where.put(row, data(values), data(z), row_stride, column_stride);
+}
+
+void rescale_op(const Tensor kept, const Tensor out, const Tensor factor, const Tensor starts, const Tensor labels,
+                int64_t start, const Tensor values) {
+  const int64_t rows = kept.size(0), width = kept.size(1), stride = kept.stride(0);
+  const Labels where(starts, labels, start, width);
+  const Kernels kernel = kernels();
+  const Type type = type_of(kept);
+  const int64_t element = type == Type::float32 ? 4 : 2;
+  const bool by_row = out.stride(1) == 1;
+  const int64_t block = by_row ? 1 : 16;
+  for_each_task((rows + block - 1) / block, rows * width, [&](int64_t task) {
+    const int64_t first = task * block, count = std::min(block, rows - first);
+    const char* e = data<char>(kept) + first * stride * element;
+    float* d = data(out) + first * out.stride(0);
+    if (by_row) {
+      kernel.scale_row(type, e, width, data(factor)[first], d);
+    } else {
+      kernel.scale_transposed(type, e, stride, count, width, data(factor) + first, d, out.stride(1));
+    }
+    for (int64_t row = first; row < first + count; ++row) {
+      where.put(row, data(values), data(out), out.stride(0), out.stride(1));
+    }
+  });
+}
+
+void finish_op(const Tensor product, const Tensor factor, const Tensor starts, const Tensor labels, const Tensor weight,
+               const Tensor values, const Tensor out) {
+  const int64_t rows = product.size(0), size = product.size(1), stride = weight.stride(0);
+  const Labels where(starts, labels, 0, weight.size(0));
+  const Kernels kernel = kernels();
+  const Type type = type_of(weight);
+  const int64_t element = static_cast<int64_t>(type == Type::float32 ? 4 : 2);
+  for_each_task(rows, rows * size, [&](int64_t row) {
+    float* d = data(out) + row * out.stride(0);
+    kernel.scale_row(Type::float32, data(product) + row * product.stride(0), size, data(factor)[row], d);
+    where.each(row, [&](int64_t entry, int64_t column, bool) {
+      kernel.add_scaled(type, data<char>(weight) + column * stride * element, size, data(values)[entry], d);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastpo
+
+STABLE_TORCH_LIBRARY_IMPL(fastpo_c, CPU, m) {
+  m.impl("linear_tile_forward", TORCH_BOX(&fastpo::forward_op));
+  m.impl("linear_tile_gradient", TORCH_BOX(&fastpo::gradient_op));
+  m.impl("linear_tile_rescale", TORCH_BOX(&fastpo::rescale_op));
+  m.impl("linear_tile_finish", TORCH_BOX(&fastpo::finish_op));
+}

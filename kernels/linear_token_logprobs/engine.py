@@ -1,0 +1,284 @@
+"""A fused LM head, tile by tile: GEMM, statistics, and, once the coefficient of each row is known, the gradients.
+
+The gradient of a row is a combination of vectors that do not depend on what comes upstream, so dhidden is made in the
+forward: with e_v = exp(t_v), ``product_i = sum_v e_iv dy/dz_iv W_v`` over every v but the row's own labels, rescaled as
+the running maximum m rises; then ``dhidden_i = factor_i product_i + sum_e value_e W[label_e]``. Only the weight's
+gradient has to wait for the coefficients: one GEMM on tiles of e that were kept, two where they are made again.
+
+    state = forward(head, batch, plan, ...)              # 1F; 2F with dhidden in the making
+    slopes = Slopes.of(...)                              # from dL/dlogps
+    hidden_gradient(head, batch, state, slopes, ...)     # no GEMM
+    head_gradients(head, batch, plan, state, slopes, ...)   # 1F on tiles that were kept, 2F on the others
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastpo.kernels.linear_token_logprobs import gemm
+from fastpo.kernels.linear_token_logprobs.entries import Entries
+from fastpo.kernels.linear_token_logprobs.planning import Plan
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits come from a hidden row x: ``y = softcap(logit_scale (W x + B u + bias))``, u from LoRA's A."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    lora_b: Tensor | None = None  # [V, r]
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # 0: none
+
+    def tile(self, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight [v, H], LoRA's B [v, r] and bias [v] of some vocabulary entries, as GEMMs and kernels take them."""
+        lora_b = None if self.lora_b is None else gemm.operand(self.lora_b[start:stop])
+        bias = None if self.bias is None else self.bias[start:stop].to(gemm.wide(self.bias.dtype))
+        return gemm.operand(self.weight[start:stop]), lora_b, bias
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The R rows that are computed."""
+
+    x: Tensor  # [R, H] as the GEMMs take it
+    u: Tensor | None  # [R, r] lora_scale A x
+    inverse_temperature: Tensor  # [R]
+    entries: Entries
+
+    def chunks(self, size: int) -> Iterator[tuple[int, int, "Batch"]]:
+        """(start, stop, part) of at most ``size`` rows. ``entries.starts`` of a part index the labels of the whole."""
+        for start in range(0, self.x.shape[0], size):
+            stop = min(start + size, self.x.shape[0])
+            u = None if self.u is None else self.u[start:stop]
+            part = self.entries.part(start, stop)
+            yield start, stop, Batch(self.x[start:stop], u, self.inverse_temperature[start:stop], part)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the forward finds of R rows with E entries. In a vocabulary shard: of this shard alone."""
+
+    largest: Tensor  # [R] m, the largest y
+    sums: Tensor  # [3, R] float64, of e^t, t e^t, e^2t
+    picked: Tensor  # [E] y of each entry's label; untouched where no tile has the label
+    top: Tensor | None  # [R, k] the largest y, descending
+    product: Tensor | None  # [R, H] relative to m; None where dhidden is not wanted
+    lora_product: Tensor | None  # [R, r] the same with LoRA's B in place of W
+    kept: Tensor  # [n] e of the first tiles: row chunk by row chunk, each tile contiguous
+    references: Tensor  # [tiles, R] m at the time of each kept tile
+
+    @staticmethod
+    def empty(head: Head, batch: Batch, plan: Plan, *, with_hidden: bool, topk: int = 0) -> "State":
+        """A state that ``forward`` fills."""
+        num_rows, hidden_size = batch.x.shape
+        dtype = gemm.wide(head.weight.dtype)
+        tiles = -(-head.weight.shape[0] // plan.vocab_tile)
+
+        def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=of, device=batch.x.device)
+
+        return State(
+            largest=new(num_rows),
+            sums=new(3, num_rows, of=torch.float64),
+            picked=new(batch.entries.labels.shape[0]).fill_(torch.nan),
+            top=new(num_rows, topk) if topk else None,
+            product=new(num_rows, hidden_size) if with_hidden else None,
+            lora_product=new(num_rows, batch.u.shape[1]) if with_hidden and batch.u is not None else None,
+            kept=new(plan.kept_elements, of=head.weight.dtype),
+            references=new(tiles if plan.kept_elements else 0, num_rows),
+        )
+
+    def kept_tile(self, first_row: int, rows: int, start: int, columns: int, vocab_size: int) -> Tensor | None:
+        """The place of a tile [rows, columns] among the kept ones; None beyond their number."""
+        offset = first_row * vocab_size + rows * start
+        size = rows * columns
+        return self.kept[offset : offset + size].view(rows, columns) if offset + size <= self.kept.numel() else None
+
+
+def _tiles(vocab_size: int, width: int) -> Iterator[tuple[int, int, int]]:
+    for number, start in enumerate(range(0, vocab_size, width)):
+        yield number, start, min(start + width, vocab_size)
+
+
+def forward(head: Head, batch: Batch, plan: Plan, state: State, kernels: ModuleType, moments: bool = False) -> None:
+    """Fills ``state``: 1F, or 2F with ``state.product``. ``moments``: whether sums of t e^t and e^2t are wanted."""
+    state.largest.fill_(-torch.inf)
+    state.sums.zero_()
+    if state.top is not None:
+        state.top.fill_(-torch.inf)
+    for first, last, part in batch.chunks(plan.row_chunk):
+        _forward_rows(head, part, plan, state, first, last, kernels, moments)
+
+
+def _forward_rows(
+    head: Head, part: Batch, plan: Plan, state: State, first: int, last: int, kernels: ModuleType, moments: bool
+) -> None:
+    vocab_size = head.weight.shape[0]
+    top = None if state.top is None else state.top[first:last]
+    decay = torch.empty_like(state.largest[first:last])
+    rows = (part.inverse_temperature, part.entries.starts, part.entries.labels)
+    results = (state.largest[first:last], state.sums[:, first:last], decay, state.picked, top, moments)
+    for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
+        w, lora_b, bias = head.tile(start, stop)
+        z = _logits(part, w, lora_b, gemm.logits)
+        e = state.kept_tile(first, last - first, start, stop - start, vocab_size)
+        kept = e is not None
+        if e is None and state.product is not None:
+            e = gemm.tile_like(z, w)
+        scalars = (start, head.logit_scale, head.logit_softcap)
+        kernels.forward(z, e, bias, *rows, *scalars, *results)
+        if kept:
+            state.references[number, first:last] = state.largest[first:last]
+        if state.product is not None and e is not None:
+            _accumulate(state.product[first:last], e, w, decay, number == 0)
+        if state.lora_product is not None and e is not None and lora_b is not None:
+            _accumulate(state.lora_product[first:last], e, lora_b, decay, number == 0)
+
+
+def _logits(part: Batch, w: Tensor, lora_b: Tensor | None, product) -> Tensor:
+    """[R, v] of a tile's weight [v, H] and LoRA factor [v, r]; ``product`` chooses the layout."""
+    z = product(part.x, w)
+    return z if lora_b is None else z.add_(gemm.small(part.u, lora_b.t()))
+
+
+def _accumulate(total: Tensor, e: Tensor, w: Tensor, decay: Tensor, is_first: bool) -> None:
+    """total [R, H] = total decay + e w, e [R, v], w [v, H]."""
+    product = gemm.times(e, w)
+    if is_first:
+        total.copy_(product)
+    else:
+        torch.addcmul(product, total, decay[:, None], out=total)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """dL/dz of all rows: ``dL/dt_v = sum over entries of grad_e 1[v = label_e] + p_v (a + b t_v + c p_v)``."""
+
+    largest: Tensor  # [R] m over the whole vocabulary
+    log_sum: Tensor  # [R] log sum e^t over the whole vocabulary
+    scale: Tensor  # [R] logit_scale / temperature
+    coefs: Tensor  # [3, R] a, b, c
+    values: Tensor  # [E] dL/dz at the labels; of equal labels of a row the first has the part with p
+    only_a: bool  # b and c are 0: what the forward made serves; else everything is computed again
+
+    @staticmethod
+    def of(
+        head: Head,
+        batch: Batch,
+        largest: Tensor,  # [R]
+        log_sum: Tensor,  # [R]
+        picked: Tensor,  # [E] y of each entry's label
+        grads: Tensor,  # [E] dL/dlogps
+        coefs: Tensor,  # [3, R]
+        only_a: bool = True,
+    ) -> "Slopes":
+        owners, first = batch.entries.owners, batch.entries.first
+        scale = batch.inverse_temperature * head.logit_scale
+        t = (picked - largest[owners]) * batch.inverse_temperature[owners]
+        logp = t - log_sum[owners]
+        a, b, c = coefs[:, owners] if first is None else coefs[:, owners] * first
+        p = logp.exp()
+        # grads + a p: where a = -grads and p is close to 1 it would cancel.
+        values = torch.where(p < 0.5, grads + a * p, (grads + a) + a * torch.expm1(logp))
+        if not only_a:
+            values += c * p * p + torch.where(p == 0, 0.0, b * p * t)
+        slope = scale[owners]
+        if head.logit_softcap:
+            slope = slope * (1 - (picked / head.logit_softcap).square())
+        return Slopes(largest, log_sum, scale, coefs, values * slope, only_a)
+
+    def factor(self, rows: slice, reference: Tensor, inverse_temperature: Tensor) -> Tensor:
+        """By what e of some rows, relative to the maximum ``reference`` [R], becomes dL/dz where b and c are 0."""
+        decay = ((reference - self.largest[rows]) * inverse_temperature - self.log_sum[rows]).exp()
+        return self.coefs[0, rows] * self.scale[rows] * decay
+
+
+def hidden_gradient(
+    head: Head, batch: Batch, state: State, slopes: Slopes, kernels: ModuleType, dx: Tensor, du: Tensor | None
+) -> None:
+    """Writes dL/dx [R, H] without LoRA's part, and dL/du [R, r]: from the forward's products, no GEMM."""
+    factor = slopes.factor(slice(None), state.largest, batch.inverse_temperature)
+    starts, labels, values = batch.entries.starts, batch.entries.labels, slopes.values
+    kernels.finish(state.product, factor, starts, *_rows_of(head.weight, labels), values, dx)
+    if du is not None:
+        kernels.finish(state.lora_product, factor, starts, *_rows_of(head.lora_b, labels), values, du)
+
+
+def _rows_of(weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels [E] and a matrix with contiguous rows that they index: weight [V, H] itself if it has such rows."""
+    if weight.stride(1) == 1:
+        return labels, weight
+    inside = (labels >= 0) & (labels < weight.shape[0])
+    numbers = torch.arange(labels.shape[0], device=labels.device)
+    return torch.where(inside, numbers, -1), weight.index_select(0, torch.where(inside, labels, 0))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where ``head_gradients`` writes; None where a gradient is not wanted."""
+
+    weight: Tensor | None = None  # [V, H]
+    bias: Tensor | None = None  # [V]
+    lora_b: Tensor | None = None  # [V, r]
+    x: Tensor | None = None  # [R, H] float32, zeroed: where dhidden was not made in the forward
+    u: Tensor | None = None  # [R, r] likewise
+
+
+def head_gradients(
+    head: Head, batch: Batch, plan: Plan, state: State, slopes: Slopes, into: Gradients, kernels: ModuleType,
+    accumulate: bool = False,
+) -> None:  # fmt: skip
+    """Writes the gradients in ``into``: each tile's dL/dz [R, v] once, from what was kept or from its logits again.
+
+    The weight's gradient is summed over rows in fp32 and rounded once. ``accumulate`` adds to the head's gradients.
+    """
+    vocab_size = head.weight.shape[0]
+    for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
+        w, lora_b, bias = head.tile(start, stop)
+        sums = dict.fromkeys(("weight", "bias", "lora_b"))
+        for first, last, part in batch.chunks(plan.row_chunk):
+            rows = slice(first, last)
+            d = _tile_gradient(head, part, state, slopes, rows, (number, start, stop), (w, lora_b, bias), kernels)
+            if into.weight is not None:
+                sums["weight"] = _plus(sums["weight"], gemm.outer(d, part.x))
+            if into.bias is not None:
+                sums["bias"] = _plus(sums["bias"], d.sum(dim=0, dtype=gemm.wide(d.dtype)))
+            if into.lora_b is not None:
+                sums["lora_b"] = _plus(sums["lora_b"], gemm.small(d.t(), part.u))
+            if into.x is not None:
+                into.x[rows] += gemm.times(d, w)
+            if into.u is not None:
+                into.u[rows] += gemm.small(d, lora_b)
+        for name, total in sums.items():
+            if total is not None:
+                out = getattr(into, name)[start:stop]
+                out.add_(total) if accumulate else out.copy_(total)
+
+
+def _tile_gradient(
+    head: Head, part: Batch, state: State, slopes: Slopes, rows: slice, tile: tuple[int, int, int], operands, kernels
+) -> Tensor:
+    """dL/dz [R, v] of one tile (number, start, stop) of the vocabulary, as ``gemm.outer`` takes it."""
+    number, start, stop = tile
+    w, lora_b, bias = operands
+    entries, inverse_temperature = part.entries, part.inverse_temperature
+    kept = state.kept_tile(rows.start, rows.stop - rows.start, start, stop - start, head.weight.shape[0])
+    if kept is not None and slopes.only_a:
+        d = gemm.tile_for_gradient(*kept.shape, like=w)
+        factor = slopes.factor(rows, state.references[number, rows], inverse_temperature)
+        kernels.rescale(kept, d, factor, entries.starts, entries.labels, start, slopes.values)
+        return d
+    z = _logits(part, w, lora_b, gemm.logits_for_gradient)
+    d = gemm.tile_like(z, w)
+    scalars = (start, head.logit_scale, head.logit_softcap)
+    whole = (slopes.largest[rows], slopes.log_sum[rows], slopes.coefs[:, rows], slopes.values)
+    kernels.gradient(z, d, bias, inverse_temperature, entries.starts, entries.labels, *scalars, *whole)
+    return d
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)

@@ -1,0 +1,83 @@
+"""The matrix products of a fused LM head, on one tile of R rows x v vocabulary entries, always with an fp32 result.
+
+    logits   z  = x w^T      [R, v]
+    times    u  = e w        [R, H]
+    outer    dw = d^T x      [v, H]
+
+- CUDA: cuBLAS. bf16 and fp16 operands give fp32 results (``out_dtype``): rounding logits before the logsumexp is where
+  fused losses drift from the trainer's.
+- CPU: oneDNN's fp32 kernels where this torch has them, which run at 2.5 times MKL's rate on AMD processors with AVX-512
+  and at the same rate on Intel's; else MKL. No CPU library here takes bf16 operands to an fp32 result, so tiles of
+  low-precision operands are widened first.
+
+oneDNN multiplies by a matrix of any strides at full speed but copies its first operand unless that is contiguous, so
+``tile_for_gradient`` hands out tiles in the layout that ``outer`` wants, as a [R, v] view.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _onednn(x: Tensor) -> bool:
+    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return usable and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _linear(x: Tensor, w: Tensor) -> Tensor:
+    """oneDNN's x w^T: x [M, K] contiguous, w [N, K] of any strides -> [M, N]."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+def operand(x: Tensor) -> Tensor:
+    """x, in the type that the products take on its device."""
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def logits(x: Tensor, w: Tensor) -> Tensor:
+    """x [R, H], w [v, H] -> [R, v] fp32, contiguous."""
+    return _linear(x.contiguous(), w) if _onednn(x) else _mm(x, w.t())
+
+
+def logits_for_gradient(x: Tensor, w: Tensor) -> Tensor:
+    """``logits`` in the layout of ``tile_for_gradient``."""
+    return _linear(w.contiguous(), x).t() if _onednn(x) else _mm(x, w.t())
+
+
+def tile_like(z: Tensor, w: Tensor) -> Tensor:
+    """Where a tile goes that z [R, v] becomes and that is multiplied with w: z itself where the types agree."""
+    return z if z.dtype == w.dtype else torch.empty_like(z, dtype=w.dtype)
+
+
+def tile_for_gradient(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An uninitialised tile [rows, columns] of ``like``'s type on its device, for ``outer``."""
+    if _onednn(like):
+        return torch.empty(columns, rows, dtype=like.dtype, device=like.device).t()
+    return torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+
+
+def times(e: Tensor, w: Tensor) -> Tensor:
+    """e [R, v], w [v, H] -> [R, H] fp32."""
+    e = operand(e)
+    return _linear(e.contiguous(), w.t()) if _onednn(e) else _mm(e, w)
+
+
+def outer(d: Tensor, x: Tensor) -> Tensor:
+    """d [R, v], x [R, H] -> d^T x [v, H] fp32."""
+    return _linear(d.t().contiguous(), x.t()) if _onednn(d) else _mm(d.t(), x)
+
+
+def small(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K], b [K, N] -> [M, N] fp32, one of the sizes being small (LoRA's rank)."""
+    return _mm(operand(a), operand(b))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of logits and of everything that is accumulated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K], b [K, N] of one type -> [M, N], float32 unless they are float64."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32)

@@ -1,0 +1,106 @@
+"""What a fused head will cost, decided before it runs: tile shape, what is kept, how many GEMMs (F) and bytes."""
+
+from dataclasses import dataclass
+
+import torch
+
+DEFAULT_BUDGET = 2**30  # bytes, besides the state that grows with the rows
+# Rows x vocabulary entries of a tile: large enough for the GEMM library's full rate; on a CPU the tile also stays in
+# the last-level cache between the GEMMs.
+_LARGEST_TILE = {"cpu": (2048, 2048), "cuda": (8192, 8192)}
+_SMALLEST_VOCAB = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fused head runs on at most N rows of size H and V vocabulary entries."""
+
+    mode: str  # "no gradient", "frozen head" or "trained head"
+    gemms: float  # GEMM work in units of F = 2 N H V operations, forward and backward together
+    reason: str  # why the mode costs that, in words
+    row_chunk: int  # rows of a tile
+    vocab_tile: int  # vocabulary entries of a tile
+    kept_elements: int  # of the N * V elements of exp(logits - max): how many are kept for the backward
+    state_bytes: int  # what grows with N: results, dhidden in the making, copies of rows
+    tile_bytes: int  # workspace of one tile
+    kept_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Extra memory at the peak, the gradients themselves not counted."""
+        return self.state_bytes + self.tile_bytes + self.kept_bytes
+
+    def __str__(self) -> str:
+        tiles = f"tiles of {self.row_chunk} x {self.vocab_tile}"
+        return f"{self.mode}, {self.gemms:.2f}F, {self.bytes / 2**20:.0f} MiB, {tiles}: {self.reason}"
+
+
+def plan(
+    num_rows: int,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    hidden_grad: bool = True,
+    head_grad: bool = True,
+    memory_budget: int | None = None,
+) -> Plan:
+    """How ``linear_token_logprobs`` runs and what it costs; the op itself follows it.
+
+    Args:
+        num_rows: rows of ``hidden``. Masked ones cost neither GEMMs nor kept elements when it comes to running.
+        hidden_grad: the hidden states need a gradient.
+        head_grad: the weight, the bias or LoRA's B need one.
+        memory_budget: bytes of extra memory at the peak, gradients not counted. None: 1 GiB besides the state.
+
+    Raises ValueError where the budget does not hold the state of the rows and the smallest tile, of one row.
+    """
+    wide = max(4, dtype.itemsize)  # of logits, and of everything accumulated
+    state = num_rows * wide * (16 + hidden_size * (3 if hidden_grad else 1))
+    room = DEFAULT_BUDGET if memory_budget is None else memory_budget - state
+    rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, _LARGEST_TILE["cpu" if device == "cpu" else "cuda"])
+    tile = _tile_bytes(rows, vocab, hidden_size, wide)
+    if tile > room:
+        raise ValueError(
+            f"memory_budget is {memory_budget} bytes; it should be at least {state + tile}: {state} for the state of "
+            f"{num_rows} rows and {tile} for a tile of one row"
+        )
+    references = num_rows * wide * -(-vocab_size // vocab)  # the maximum that each kept tile is relative to
+    elements = num_rows * vocab_size
+    kept = min(max(room - tile - references, 0) // dtype.itemsize, elements) if head_grad else 0
+    state += references if kept else 0
+    cost = _cost(kept, elements, hidden_grad, head_grad)
+    return Plan(*cost, rows, vocab, kept, state, tile, kept * dtype.itemsize)
+
+
+def _tile_bytes(rows: int, vocab: int, hidden_size: int, wide: int) -> int:
+    """Logits and what becomes of them, the weight's tile as the GEMM packs it, its gradient, a product [rows, H]."""
+    return wide * (2 * rows * vocab + 2 * vocab * hidden_size + rows * hidden_size)
+
+
+def _tile_shape(room: int, vocab_size: int, hidden_size: int, wide: int, largest: tuple[int, int]) -> tuple[int, int]:
+    """The largest tile (rows, vocab) that takes at most half the room, or the smallest there is."""
+    rows, vocab = largest[0], min(largest[1], vocab_size)
+    while _tile_bytes(rows, vocab, hidden_size, wide) > room // 2 and (rows > 1 or vocab > _SMALLEST_VOCAB):
+        if vocab > _SMALLEST_VOCAB and vocab * hidden_size > rows * (vocab + hidden_size):
+            vocab = max(vocab // 2, _SMALLEST_VOCAB)
+        elif rows > 1:
+            rows //= 2
+        else:
+            vocab = max(vocab // 2, _SMALLEST_VOCAB)
+    return rows, vocab
+
+
+def _cost(kept: int, elements: int, hidden_grad: bool, head_grad: bool) -> tuple[str, float, str]:
+    """Mode, F and the reason."""
+    if not hidden_grad and not head_grad:
+        return "no gradient", 1.0, "1F for the logits"
+    if not head_grad:
+        return "frozen head", 2.0, "1F for the logits, 1F for dhidden up to a factor per row, both in the forward"
+    forward = 2.0 if hidden_grad else 1.0
+    share = kept / elements if elements else 1.0
+    text = "1F for the logits, 1F for dhidden, 1F for dweight" if hidden_grad else "1F for the logits, 1F for dweight"
+    if share < 1:
+        text += f", {1 - share:.2f}F to compute again the logits that memory_budget does not hold"
+    return "trained head", forward + 1.0 + (1 - share), text
