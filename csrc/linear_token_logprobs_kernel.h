@@ -68,7 +68,7 @@ static float transform_row(float* z, int64_t n, const TileHead& head, float* top
       if (count < W) y = load_n(z + i, count, -__builtin_inff());
     }
     largest[i / W % 4] = max(y, largest[i / W % 4]);
-    if (k > 0 && any_greater(y, set(top[k - 1]))) insert_largest(top, k, y);
+    if (k > 0 && greater(y, set(top[k - 1])) != 0) insert_largest(top, k, y);
   });
   return reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }

@@ -204,7 +204,7 @@ def hidden_gradient(
     factor = slopes.factor(slice(None), state.largest, batch.inverse_temperature)
     starts, labels, values = batch.entries.starts, batch.entries.labels, slopes.values
     kernels.finish(state.product, factor, starts, *_rows_of(head.weight, labels), values, dx)
-    if du is not None:
+    if du is not None and head.lora_b is not None:
         kernels.finish(state.lora_product, factor, starts, *_rows_of(head.lora_b, labels), values, du)
 
 

@@ -1,0 +1,191 @@
+"""Benchmark cases of ``linear_token_logprobs``: benchmarks/run.py finds and times them.
+
+Log-probs of given labels from hidden states, and the gradients for an arbitrary upstream gradient per token. Every peer
+gets the rows that count alone, which only some of them would find by themselves. ``trl`` is the head of TRL 1.16's
+trainers, ``cut-cross-entropy`` its implementation for machines without a GPU, ``torch linear_cross_entropy`` torch
+2.13's, in full and in chunks. Liger has no log-probs per token on a CPU.
+
+The ceiling is the bare GEMMs of the mode, tile by tile, at the rate of the fastest GEMM that torch has here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpo.kernels.linear_token_logprobs import gemm, linear_token_logprobs, plan
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    mode: str  # "no gradient", "frozen head" or "trained head"
+    dtype: torch.dtype
+    shape: dict[str, int]  # tokens, hidden, vocab, masked: per cent of the tokens
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.shape["tokens"] - self.shape["tokens"] * self.shape["masked"] // 100
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.name.startswith("cpu") else "cuda"
+
+
+@dataclass
+class Inputs:
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [N]
+    upstream: Tensor  # [N] dL/dlogps
+
+    @property
+    def compact(self) -> tuple[Tensor, Tensor]:
+        """hidden and labels of the rows that count."""
+        kept = self.labels != -100
+        return self.hidden[kept], self.labels[kept]
+
+
+MODES = ("no gradient", "frozen head", "trained head")
+
+
+def cases(suite: str, device: str) -> list[Case]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden, tokens = (4096, (8192,)) if device == "cuda" else (1024, (2048, 4096))
+
+    def case(mode: str, n: int, vocab: int, masked: int) -> Case:
+        shape = {"tokens": n, "hidden": hidden, "vocab": vocab, "masked": masked}
+        return Case(f"{device} {mode}", mode, dtype, shape)
+
+    if suite == "quick":
+        return [*(case(mode, tokens[0], 32000, 25) for mode in MODES), case("trained head", tokens[0], 128256, 25)]
+    grid = ((n, vocab, masked) for n in tokens for vocab in (32000, 128256) for masked in (0, 25, 60))
+    return [case(mode, *point) for point in grid for mode in MODES]
+
+
+def setup(case: Case, device: str) -> Inputs:
+    shape, generator = case.shape, torch.Generator().manual_seed(0)
+    n, h, v = shape["tokens"], shape["hidden"], shape["vocab"]
+    hidden = torch.randn(n, h, generator=generator).to(device, case.dtype)
+    weight = torch.randn(v, h, generator=generator).mul(2 * h**-0.5).to(device, case.dtype)
+    labels = torch.randint(v, (n,), generator=generator)
+    labels[torch.randperm(n, generator=generator)[case.trained_tokens :]] = -100
+    upstream = torch.rand(n, generator=generator).div(n)
+    if case.mode != "no gradient":
+        hidden.requires_grad_()
+        weight.requires_grad_(case.mode == "trained head")
+    return Inputs(hidden, weight, labels.to(device), upstream.to(device))
+
+
+def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
+    """name -> run(inputs), which returns (logps of the rows that count, gradients of hidden and weight)."""
+
+    def of(logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Inputs], Any]:
+        def run(inputs: Inputs) -> tuple[Tensor, ...]:
+            return _run(inputs, logps(*inputs.compact, inputs.weight), inputs.upstream[inputs.labels != -100])
+
+        return run
+
+    def fastpo(inputs: Inputs) -> tuple[Tensor, ...]:
+        return _run(inputs, linear_token_logprobs(inputs.hidden, inputs.weight, inputs.labels), inputs.upstream)
+
+    compiled = torch.compile(eager, dynamic=False)
+    runs = {"fastpo": fastpo, "torch eager": of(eager), "torch.compile": of(compiled)}
+    return runs | {name: of(peer) for name, peer in peers().items()}
+
+
+def _run(inputs: Inputs, logps: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    leaves = [leaf for leaf in (inputs.hidden, inputs.weight) if leaf.requires_grad]
+    grads = torch.autograd.grad(logps, leaves, upstream.to(logps.dtype)) if leaves else ()
+    return (logps.detach(), *grads)
+
+
+def eager(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Written as one would: hidden [N, H], labels [N] -> [N]."""
+    return torch.log_softmax((hidden @ weight.t()).float(), dim=-1).gather(1, labels[:, None])[:, 0]
+
+
+def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """What is installed of: (hidden [N, H], labels [N], weight) -> logps [N]."""
+    found = {}
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch linear_cross_entropy"] = lambda h, y, w: -F.linear_cross_entropy(h, w, y, reduction="none")
+        found["torch linear_cross_entropy, chunked"] = lambda h, y, w: (
+            -F.linear_cross_entropy(h, w, y, reduction="none", options=options)
+        )
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+
+        found["trl"] = lambda h, y, w: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 32768, None, 1.0, ())[0]
+    except ImportError:
+        pass
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        impl = "cce" if torch.cuda.is_available() else "torch_compile"
+        found["cut-cross-entropy"] = lambda h, y, w: -linear_cross_entropy(h, w, y, reduction="none", impl=impl)
+    except ImportError:
+        pass
+    return found
+
+
+def bytes_moved(case: Case) -> int:
+    return 0  # bound by the GEMMs
+
+
+def flops(case: Case) -> int:
+    """Operations of the GEMMs that fastpo runs; peers' rates are given for the same number."""
+    return int(_gemms(case) * 2 * case.trained_tokens * case.shape["hidden"] * case.shape["vocab"])
+
+
+def _gemms(case: Case) -> float:
+    shape = case.shape
+    return plan(
+        case.trained_tokens,
+        shape["vocab"],
+        shape["hidden"],
+        dtype=case.dtype,
+        device=case.device,
+        hidden_grad=case.mode != "no gradient",
+        head_grad=case.mode == "trained head",
+    ).gemms
+
+
+def ceiling(case: Case) -> tuple[Callable[[Inputs], Any], int]:
+    """The GEMMs that the mode needs at least, on tiles whose operands are at hand, and their operations."""
+    least = {"no gradient": 1, "frozen head": 2, "trained head": 3}[case.mode]
+    rows, width = 2048, 2048
+
+    def run(inputs: Inputs) -> None:
+        x = inputs.hidden.detach()[: min(rows, case.trained_tokens)].contiguous()
+        d = gemm.tile_for_gradient(len(x), width, like=x).zero_() if least == 3 else None
+        for start in range(0, inputs.weight.shape[0] * case.trained_tokens // len(x), width):
+            w = inputs.weight.detach()[start % (inputs.weight.shape[0] - width) :][:width]
+            z = gemm.logits(x, w)
+            if least > 1:
+                gemm.times(z.to(w.dtype), w)
+            if d is not None:
+                gemm.outer(d, x)
+
+    columns = len(range(0, case.shape["vocab"] * case.trained_tokens // min(rows, case.trained_tokens), width)) * width
+    return run, 2 * least * min(rows, case.trained_tokens) * columns * case.shape["hidden"]
+
+
+def check(case: Case, inputs: Inputs, outputs: dict[str, Any]) -> None:
+    """Raises AssertionError where an implementation's log-probs or gradients are not fastpo's."""
+    logps, *grads = outputs["fastpo"]
+    kept = inputs.labels != -100
+    tolerance = 1e-4 if case.dtype == torch.float32 else 2e-2
+    for name, (other, *other_grads) in outputs.items():
+        if name == "fastpo":
+            continue
+        torch.testing.assert_close(other.float(), logps[kept], rtol=tolerance, atol=tolerance, msg=f"logps of {name}")
+        for ours, theirs in zip(grads, other_grads, strict=True):
+            scale = ours.abs().max().clamp_min(1e-30)
+            torch.testing.assert_close(
+                theirs / scale, ours / scale, rtol=tolerance, atol=tolerance, msg=f"gradient of {name}"
+            )
