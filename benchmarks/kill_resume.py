@@ -1,6 +1,6 @@
-"""Kills a run with SIGKILL at random moments, resumes it each time, and compares every artefact with an undisturbed run.
+"""Kills a run with SIGKILL at random moments, resumes it each time, compares every artefact with an undisturbed run.
 
-    python benchmarks/kill_resume.py --kills 20 [--seed 0] [--key value ...]
+    python benchmarks/kill_resume.py --kills 20 [--kill_seed 0] [--key value ...]
 
 Further arguments go to ``fastpo demo``. The moments are drawn uniformly over the undisturbed run's time after start-up,
 one kill per start, until so many kills have hit. Prints what each kill met, and exits with 1 at the first difference.
@@ -18,12 +18,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WATCHED_ONLY = {"timings.jsonl", "report.html", "config.yaml"}  # times; config.yaml holds output_dir
-SMALL = """--warm_start_steps 60 --warm_start_examples 500 --prompts_per_iteration 60 --iterations 2 --eval_prompts 20
---sample_chunk 10 --batch_size 16 --checkpoint_steps 5 --gold_wins --no_tensorboard""".split()
+SMALL = {
+    "warm_start_steps": 60,
+    "warm_start_examples": 500,
+    "prompts_per_iteration": 60,
+    "iterations": 2,
+    "eval_prompts": 20,
+    "sample_chunk": 10,
+    "batch_size": 16,
+    "checkpoint_steps": 5,
+    "gold_wins": True,
+    "tensorboard": False,
+}
 
 
 def command(directory: Path, extra: list[str]) -> list[str]:
-    return [sys.executable, "-m", "fastpo", "demo", *SMALL, *extra, "--output_dir", str(directory)]
+    small = [f"--{key}={value}" for key, value in SMALL.items()]
+    return [sys.executable, "-m", "fastpo", "demo", *small, *extra, "--output_dir", str(directory)]
 
 
 def start(directory: Path, extra: list[str]) -> subprocess.Popen:

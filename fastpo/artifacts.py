@@ -69,10 +69,10 @@ def _reported(path: Path, partial: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        free = shutil.disk_usage(next(p for p in path.parents if p.is_dir())).free
         _remove(partial)
         if not _disk_is_full(error):
             raise
-        free = shutil.disk_usage(path.parent if path.parent.is_dir() else path.parent.parent).free
         raise RunError(
             f"disk full: {path} could not be written ({free / 2**20:.0f} MiB free); the temporary file is removed and "
             "everything finished before is intact: free some space and run the same command again"
@@ -80,10 +80,10 @@ def _reported(path: Path, partial: Path) -> Iterator[None]:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """ENOSPC and EDQUOT, also where a library (safetensors) reports them as text."""
+    """ENOSPC and EDQUOT, also as safetensors ("os error 28") and torch.save (its zip writer lost its place) say it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return isinstance(error, Exception) and "os error 28" in str(error).lower()
+    return isinstance(error, Exception) and any(sign in str(error) for sign in ("os error 28", "inline_container.cc"))
 
 
 def _remove(path: Path) -> None:

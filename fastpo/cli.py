@@ -174,12 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, error.exit_code, debug)
     except ValueError as error:
         return _fail(error, 2, debug)
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished stages are kept: the same command goes on from there", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        return _fail(error, 1, debug)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished stages are kept: the same command goes on from there", file=sys.stderr)
+        return 130
 
 
 def _fail(error: Exception, code: int, debug: bool) -> int:
