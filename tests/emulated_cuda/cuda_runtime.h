@@ -26,6 +26,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __shared__ static
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct uint3 {
@@ -228,6 +229,20 @@ template <typename T>
 T __shfl_down_sync(unsigned, T value, int delta) {
   const int from = emulator::lane() + delta;
   return emulator::shuffle(value, from > 31 ? emulator::lane() : from);
+}
+
+// Blocks and threads run one at a time.
+template <typename T>
+T atomicAdd(T* at, T value) {
+  return std::exchange(*at, *at + value);
+}
+template <typename T>
+T atomicMin(T* at, T value) {
+  return std::exchange(*at, std::min(*at, value));
+}
+template <typename T>
+T atomicMax(T* at, T value) {
+  return std::exchange(*at, std::max(*at, value));
 }
 
 inline int __popc(unsigned x) { return std::popcount(x); }
