@@ -63,7 +63,9 @@ def load(stem: str, *ops: str) -> Any:
 
 def build(stem: str) -> Path:
     """The shared library of csrc/<stem>.cu, compiled unless it is there already."""
-    files = {path.name: as_cpp(path.read_text()) for path in (*CSRC.glob("*.cuh"), CSRC / "links.h", CSRC / f"{stem}.cu")}
+    files = {
+        path.name: as_cpp(path.read_text()) for path in (*CSRC.glob("*.cuh"), CSRC / "links.h", CSRC / f"{stem}.cu")
+    }
     files[f"{stem}.cu"] += _SHIMS
     command = ["g++", "-x", "c++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"{stem}.cu", "-o", f"{stem}.so"]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}"]
