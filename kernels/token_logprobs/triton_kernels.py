@@ -133,6 +133,7 @@ def _forward_kernel(
     label_set_prob_ptr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every row begins at a multiple of 16 bytes
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -148,7 +149,9 @@ def _forward_kernel(
     begin = part * part_size
     end = tl.where(kept, tl.minimum(begin + part_size, vocab), begin)  # an ignored row is not read
     for tile in range(begin, end, LANES * VEC):
-        offsets = tile + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        lane, i = tl.arange(0, LANES)[:, None], tl.arange(0, VEC)[None, :]
+        # A thread holds whole lanes either way: 16 contiguous bytes, or elements that its neighbours' lie beside.
+        offsets = tile + (lane * VEC + i if ALIGNED else i * LANES + lane)
         x = tl.load(row_ptr + offsets, mask=offsets < end, other=-float("inf"))
         y = softcapped(x, softcap)
         if softcap is not None:
@@ -308,8 +311,9 @@ def forward(
     outputs = (parts, logps, normalizer, *wanted)
     grid = (num_rows, splits)
     _forward_kernel[grid](
-        *row_args, part_size, *outputs, LANES=lanes, VEC=vec, num_warps=num_warps, enable_fp_fusion=True
-    )
+        *row_args, part_size, *outputs,
+        LANES=lanes, VEC=vec, ALIGNED=_aligned(logits), num_warps=num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
     if parts is not None:
         joined = triton.next_power_of_2(splits)
         _join_kernel[(num_rows,)](*row_args, splits, *outputs, LANES=joined, num_warps=1, enable_fp_fusion=True)
@@ -337,6 +341,10 @@ def backward(
         logits.shape[1], labels, temperatures, temperature, logit_softcap or None, ignore_index, num_rows, vocab, tiles,
         normalizer, grad_logps, coefs, TILE=lanes * vec, num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _aligned(logits: Tensor) -> bool:
+    return all(x * logits.itemsize % 16 == 0 for x in logits.stride()[:2]) and logits.data_ptr() % 16 == 0
 
 
 def tile_shape(dtype: torch.dtype, vocab: int) -> tuple[int, int, int]:
@@ -380,7 +388,7 @@ def _aot(kernel: Any, label: str, dtype: torch.dtype, absent: set[str], aligned:
     if kernel is _join_kernel:
         num_warps = 1
     shape = {
-        _forward_kernel: {"LANES": lanes, "VEC": vec},
+        _forward_kernel: {"LANES": lanes, "VEC": vec, "ALIGNED": aligned},
         _join_kernel: {"LANES": 16},
         _backward_kernel: {"TILE": lanes * vec},
     }[kernel]
