@@ -238,7 +238,18 @@ FASTPO_INLINE Vf exp_rate(Vf x, const Rate& rate) {
 
 #else
 
-FASTPO_INLINE Vf exp_rate(Vf x, const Rate& rate) { return exp(x * rate.high); }
+FASTPO_INLINE Vf leading_bits(Vf x) {
+  return reinterpret_cast<Vf>(reinterpret_cast<Vi>(x) & static_cast<int32_t>(0xfffff000));
+}
+
+// Without a fused multiply-add the error of the product is found by splitting its factors (Dekker 1971).
+FASTPO_INLINE Vf exp_rate(Vf x, const Rate& rate) {
+  const Vf product = x * rate.high;
+  const Vf x1 = leading_bits(x), x2 = x - x1, rate1 = leading_bits(rate.high), rate2 = rate.high - rate1;
+  const Vf error = ((x1 * rate1 - product) + x1 * rate2 + x2 * rate1) + x2 * rate2 + x * rate.low;
+  const Vf e = exp(product);
+  return e + e * error;
+}
 
 #endif
 

@@ -8,8 +8,7 @@
 namespace fastpo {
 
 constexpr int kMaxTopk = 16;
-constexpr int64_t kBlock = 4096;  // columns summed in float, before the sum goes into a double
-constexpr int64_t kSegment = 4 * kBlock;  // columns of one task. Sums are grouped by it: no result depends on threads
+constexpr int64_t kSegment = 16384;  // columns of one task. Sums are grouped by it: no result depends on threads
 
 // Softmax sums over some columns of a row, relative to the largest logit among them. y = softcapped logits.
 struct SoftmaxSums {

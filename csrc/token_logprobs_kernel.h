@@ -100,11 +100,13 @@ static float softcap_one(float x, float softcap_value) {
 }
 
 // One read: the exponentials refer to the maximum of the first few columns. Where a block turns out to hold a logit so
-// much larger that its e^t could overflow, the block is done again with that logit as the reference.
+// much larger that its e^t could overflow, the block is done again with that logit as the reference. sum_t is referred to
+// a new maximum by a difference that costs as many digits as the step is large: with it the steps stay small.
 template <class T, bool CAPPED, bool MOMENTS>
 static void softmax_sums(const void* logits, int64_t n, const RowScale& row, Top& top, SoftmaxSums& sums) {
   constexpr int64_t kGlance = 256;
-  constexpr float kHeadroom = 20;
+  constexpr int64_t kBlock = (MOMENTS ? 128 : 256) * W;  // columns summed in float before they go into a double
+  constexpr float kHeadroom = MOMENTS ? 2 : 20;
   const Rate rate(row.rate);
   const T* x = static_cast<const T*>(logits);
   float largest = -__builtin_inff();

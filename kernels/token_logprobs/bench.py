@@ -1,4 +1,4 @@
-"""What ``benchmarks/run.py`` times of token_logprobs, against whom, and its floor: the bytes at the rate of ``sum()``."""
+"""What ``benchmarks/run.py`` times of token_logprobs, against whom, and its floor: a bare read of the same bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

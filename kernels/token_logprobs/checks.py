@@ -27,9 +27,9 @@ def check_arguments(logits, labels, temperature, logit_softcap, stats, topk, lab
         raise ValueError(f"labels is on {labels.device}; it should be on {logits.device}, where logits is")
     if isinstance(temperature, Tensor):
         _check_temperatures(temperature, labels)
-    elif not (math.isfinite(temperature) and temperature > 0):
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it should be a positive number")
-    if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
         raise ValueError(f"logit_softcap is {logit_softcap}; it should be a positive number, or None for no cap")
     _check_stats(stats, topk, label_set, logits)
 
@@ -99,6 +99,8 @@ def check_overwritable(logits: Tensor) -> None:
     owner = logits if logits._base is None else logits._base
     if owner.is_leaf:
         raise ValueError("logits is a leaf (or a view of one) that requires grad; inplace_backward would overwrite it")
+    if torch.compiler.is_compiling():
+        return  # compiled graphs write to a copy where memory may overlap
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1 and stride < extent:
