@@ -56,13 +56,16 @@ __device__ inline Curve mapped_score(const Tuples& tuples, const Sequences& sequ
   return score_map_at(tuples.score_map, sequences.scores[i], tuples.score_map_coef);
 }
 
-// Tokens of the members with an NLL. An integer sum: its order does not matter.
+// Tokens of the members with an NLL, a thread per member. Sums of integers: their order does not matter.
 __global__ __launch_bounds__(kTupleThreads) void count_kernel(const __grid_constant__ Tuples tuples, const Sequences sequences) {
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * kTupleThreads + threadIdx.x;
-  if (entry >= tuples.entries()) return;
-  const int64_t i = tuples.index[entry];
-  if (tuples.nll[entry % tuples.members] == 0 || !tuples.inside(i)) return;
-  atomicAdd(sequences.nll_tokens, static_cast<unsigned long long>(sequences.lengths[i]));
+  double count = 0;  // of a block: exact
+  if (entry < tuples.entries()) {
+    const int64_t i = tuples.index[entry];
+    if (tuples.nll[entry % tuples.members] != 0 && tuples.inside(i)) count = static_cast<double>(sequences.lengths[i]);
+  }
+  count = block_sum(count);
+  if (threadIdx.x == 0) atomicAdd(sequences.nll_tokens, static_cast<unsigned long long>(count));
 }
 
 // Adds the link terms of tuple p to loss, and writes the slopes of its members, before omega and the reduction.

@@ -16,8 +16,7 @@ from preference_loss_cases import COLUMNS, LENGTHS, LISTED, LONG, TOKEN_FIELDS, 
 from fastpo import objectives
 from fastpo.dispatch import Backend, Op, always, triton_missing
 from fastpo.kernels.preference_loss import op, preference_loss, sequence_scores
-from fastpo.kernels.preference_loss.op import _tokens, _tuples
-from fastpo.kernels.preference_loss.records import Outputs, TokenGrads, TokenSettings, TupleSettings, token_settings
+from fastpo.kernels.preference_loss.records import Outputs, TokenGrads, Tokens, Tuples, TupleSettings, token_settings
 from fastpo.objectives import PRESETS, SCORE_MAPS, TOKEN_MAPS, Objective, Term
 from fastpo.types import Pairs
 
@@ -211,18 +210,14 @@ def test_nan_stays_in_its_tuples(backend, monkeypatch):
 def direct(backend: str, batch: Batch, cu=None, index=None, shift=0):
     """The kernels below the op, which on a GPU does not look at values, and so lets bad ones through."""
     impl = next(b.impl for b in op.OP.backends if b.name == backend)
-    _, (logps, ref, segments, pairs, objective) = batch.arguments(torch.float32)
-    tokens = _tokens(logps.detach(), ref, segments, logps)
-    tokens = tokens if cu is None else tokens._replace(cu_seqlens=cu)
-    if shift:
-        tokens = tokens._replace(logps=torch.cat((torch.zeros(shift), tokens.logps))[shift:])
-    tuples = _tuples(pairs, objective, logps)
-    tuples = tuples if index is None else tuples._replace(index=index)
-    setting: TokenSettings = token_settings(objective)
-    out = impl.forward(tokens, None, tuples, setting, TupleSettings.of(objective))
+    logps = torch.cat((torch.zeros(shift), batch.leaves["logps"].float()))[shift:]
+    cu = batch.cu if cu is None else cu
+    tokens = Tokens(logps, batch.ref.float(), cu, batch.mask, *(None,) * (len(Tokens._fields) - 4))
+    tuples = Tuples(batch.index if index is None else index, *(None,) * (len(Tuples._fields) - 1))
+    setting = token_settings(batch.objective)
+    out = impl.forward(tokens, None, tuples, setting, TupleSettings.of(batch.objective))
     needs = [True] + [False] * 5
-    grads = impl.backward(None, out.score_grads, out.nll_grads, tokens, out.lengths, setting, needs)
-    return out, grads.logps
+    return out, impl.backward(None, out.score_grads, out.nll_grads, tokens, out.lengths, setting, needs).logps
 
 
 @pytest.mark.parametrize("mask", [True, False])
