@@ -59,7 +59,7 @@ def _records(arguments: tuple) -> list[Any]:
 @torch.library.custom_op(
     "fastpo::linear_preference_loss_fwd",
     mutates_args=(),
-    schema=f"({_HEAD}, {_TOKENS}, {_TUPLES}, {_SETTINGS}, {_WANTED}) -> Tensor[]",
+    schema=f"({_HEAD}, {_TOKENS}, {_TUPLES}, {_SETTINGS}, {_WANTED}) -> ({', '.join(['Tensor'] * len(run.OUTPUTS))})",
 )
 def _forward_op(*arguments):
     inputs, tokens, tuples, token_set, tuple_set, wanted = _records(arguments)
@@ -69,7 +69,7 @@ def _forward_op(*arguments):
 @_forward_op.register_fake
 def _(*arguments):
     inputs, tokens, tuples, _, _, wanted = _records(arguments)
-    return list(run.allocate(inputs, tokens, tuples, wanted).values())
+    return tuple(run.allocate(inputs, tokens, tuples, wanted).values())
 
 
 # Where the inputs stand that get the gradients d_* of run.OUTPUTS.
@@ -80,20 +80,20 @@ _PLACES = [
 ]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[-len(_GRADS) :])
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
     result: list[Tensor | None] = [None] * len(_NAMES)
-    if grads[0] is None:
+    if upstream is None:
         return tuple(result)
-    untouched = _is_one(grads[0])
+    untouched = _is_one(upstream)
     for place, made in zip(_PLACES, ctx.saved_tensors, strict=True):
         if ctx.needs_input_grad[place]:
-            result[place] = made if untouched else grads[0].to(made.dtype) * made
+            result[place] = made if untouched else upstream.to(made.dtype) * made
     return tuple(result)
 
 

@@ -91,7 +91,7 @@ def allocate(inputs: Inputs, tokens: Tokens, tuples: Tuples, wanted: Wanted) -> 
     return {name: inputs.hidden.new_empty(shapes[name], dtype=types.get(name, wide)) for name in OUTPUTS}
 
 
-def forward(inputs: Inputs, loss: Loss, wanted: Wanted) -> list[Tensor]:
+def forward(inputs: Inputs, loss: Loss, wanted: Wanted) -> tuple[Tensor, ...]:
     """The outputs in the order of OUTPUTS."""
     mask, labels = loss.tokens.mask, inputs.labels
     outputs = allocate(inputs, loss.tokens, loss.tuples, wanted)
@@ -108,11 +108,13 @@ def forward(inputs: Inputs, loss: Loss, wanted: Wanted) -> list[Tensor]:
         _run_group(positions, head_plan, inputs, loss, wanted, outputs, totals)
     totals.finish()
     result = loss.forward(logps)
-    outputs |= zip(Outputs._fields[:-2], result, strict=False)
+    for name in Outputs._fields[:-2]:
+        outputs[name].copy_(getattr(result, name))
     if any(wanted.segments):
-        of_segments = loss.slopes(logps, result, [False, *wanted.segments])[1:]
-        outputs |= zip((f"d_{name}" for name in SEGMENT_GRADS), of_segments, strict=True)
-    return [outputs[name] for name in OUTPUTS]
+        slopes = loss.slopes(logps, result, [False, *wanted.segments])
+        for name in SEGMENT_GRADS:
+            outputs[f"d_{name}"].copy_(getattr(slopes, name))
+    return tuple(outputs[name] for name in OUTPUTS)
 
 
 def _run_group(
