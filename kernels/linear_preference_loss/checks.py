@@ -57,7 +57,9 @@ def check_reference(
         raise ValueError("ref_bias is given without ref_weight; the policy's weight comes with the policy's bias")
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
         wanted = f"{list(hidden.shape[:-1])} rows on {hidden.device}, as hidden"
-        raise ValueError(f"ref_hidden has {list(ref_hidden.shape[:-1])} rows on {ref_hidden.device}; it should have {wanted}")
+        raise ValueError(
+            f"ref_hidden has {list(ref_hidden.shape[:-1])} rows on {ref_hidden.device}; it should have {wanted}"
+        )
     head = weight if ref_weight is None else ref_weight
     if head.dim() != 2 or head.shape[1] != ref_hidden.shape[-1] or head.shape[0] != weight.shape[0]:
         name = "weight, which is the reference's too," if ref_weight is None else "ref_weight"

@@ -1,4 +1,4 @@
-"""Which sequences are computed together, decided before anything runs: whole tuples, as many as the memory budget holds.
+"""Which sequences are computed together, decided before anything runs: whole tuples, as many as the budget holds.
 
 Sequences that share a tuple are connected; a connected component is never split, since the coefficients of its tokens
 are known only when the log-probs of all its members are.
@@ -28,7 +28,7 @@ class Group:
 
 @dataclass(frozen=True)
 class LossPlan:
-    """How ``linear_preference_loss`` runs and what it costs. GEMM work is in units of F = 2 * rows * H * V operations."""
+    """How ``linear_preference_loss`` runs and what it costs. GEMM work in units of F = 2 * rows * H * V operations."""
 
     groups: tuple[Group, ...]
     group_of: Tensor  # [S] int64, group of each sequence, on the CPU
@@ -60,8 +60,9 @@ class LossPlan:
         return sum(not group.whole for group in self.groups)
 
     def __str__(self) -> str:
-        text = f"{self.mode}, {self.gemms:.2f}F, {self.bytes / 2**20:.0f} MiB, {len(self.groups)} groups of whole tuples"
-        return text + (f", {self.recomputed} of them beyond the budget: {self.reason}" if self.recomputed else "")
+        size = f"{self.bytes / 2**20:.0f} MiB, {len(self.groups)} groups of whole tuples"
+        beyond = f", {self.recomputed} of them beyond the budget: {self.reason}" if self.recomputed else ""
+        return f"{self.mode}, {self.gemms:.2f}F, {size}{beyond}"
 
 
 def plan(
@@ -79,7 +80,7 @@ def plan(
     """How ``linear_preference_loss`` runs on these sequences, and what it costs; the op itself follows it.
 
     Args:
-        segments, pairs, rows: as the op takes them; a mask that leaves out tokens with ignored labels too says it exactly.
+        segments, pairs, rows: as the op takes them; the mask should leave out tokens with ignored labels too.
         hidden_grad: the hidden states need a gradient.
         head_grad: the weight, the bias or LoRA's B need one.
         memory_budget: bytes of extra memory at the peak, gradients not counted. None: 1 GiB besides the rows' state.
@@ -180,7 +181,7 @@ def _capacity(cost: Callable[[int], Plan], most: int, kept: int) -> int:
 
 
 def fill(sizes: list[int], room: int) -> list[int]:
-    """Group of each component in order: groups of about equal size, at most ``room`` rows unless one alone is larger."""
+    """Group of each component in order: of about equal size, at most ``room`` rows unless one alone is larger."""
     remaining, numbers, number, filled = sum(sizes), [], 0, 0
     for size in sizes:
         groups_left = max(1, -(-remaining // max(room, 1)))

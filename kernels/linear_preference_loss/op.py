@@ -1,8 +1,8 @@
 """``linear_preference_loss``: schema, autograd and the public function. README.md derives it.
 
-Shapes: N hidden rows of size H, V vocabulary entries, T tokens in S sequences, P tuples of K members, r the rank of LoRA
-factors, L the size of ``label_set``. It has no kernels of its own: the backends are those of ``linear_token_logprobs``
-and ``preference_loss``.
+Shapes: N hidden rows of size H, V vocabulary entries, T tokens in S sequences, P tuples of K members, r the rank of
+LoRA factors, L the size of ``label_set``. It has no kernels of its own: the backends are those of
+``linear_token_logprobs`` and ``preference_loss``.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from . import run
 from .checks import TOKEN_LOGPS, check_loss_and_stats, check_reference
 
 # The fields of run.Inputs, of the four records of preference_loss, and of run.Wanted.
-_HEAD = """Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? rows, Tensor? temperatures, Tensor? lora_a,
-Tensor? lora_b, float lora_scale, float temperature, float logit_scale, float logit_softcap, int? ignore_index,
-SymInt? memory_budget, str group"""
+_HEAD = """Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? rows, Tensor? temperatures,
+Tensor? lora_a, Tensor? lora_b, float lora_scale, float temperature, float logit_scale, float logit_softcap,
+int? ignore_index, SymInt? memory_budget, str group"""
 _TOKENS = """Tensor? logps, Tensor? ref_logps, Tensor cu_seqlens, Tensor mask, Tensor? weights, Tensor? kl,
 Tensor? kl_weights, Tensor? nll_weights, Tensor? token_coefs"""
 _TUPLES = "Tensor index, Tensor? tuple_weights, Tensor? margins, Tensor? params, Tensor? beta_scales"
-_SETTINGS = """int phi, float ref_coef, float length_power, int score_map, float score_map_coef, int[] links, float[] table,
-float[] nll, int nll_normalizer, bool mean, float beta"""
+_SETTINGS = """int phi, float ref_coef, float length_power, int score_map, float score_map_coef, int[] links,
+float[] table, float[] nll, int nll_normalizer, bool mean, float beta"""
 _WANTED = "str[] stats, int topk, Tensor? label_set, bool[] head, bool[] segments"
 
 _RECORDS = (Inputs, Tokens, Tuples, TokenSettings, TupleSettings, run.Wanted)
@@ -141,46 +141,45 @@ def linear_preference_loss(
     ``preference_loss``, and with it the gradients. The backward multiplies them by the gradient of the loss.
 
     Args:
-        hidden: float32, bfloat16, float16 or float64, any strides. Row t predicts label t unless ``rows`` says otherwise.
+        hidden: float32, bfloat16, float16 or float64, any strides. Row t predicts label t but where ``rows`` is given.
         weight: the head, of hidden's type; a DTensor (FSDP2) is gathered and its gradient averaged and scattered.
         labels: any integer type; what stands at tokens that do not count may be anything.
-        ref_logps: the reference's log-probs, a constant; None with ``ref_hidden``, or for an objective without reference.
+        ref_logps: the reference's log-probs, a constant; None with ``ref_hidden`` or an objective without reference.
         segments: which tokens belong to which sequence, and their weights; float fields are differentiable.
         pairs, objective: as for ``preference_loss``; every preset of ``fastpo.objectives``, or your own.
         bias, temperature, logit_scale, logit_softcap, lora, topk, label_set: as for ``linear_token_logprobs``.
         rows: which hidden row predicts each label. A row whose labels are in several groups is computed in each.
         ref_hidden: the reference's hidden states, in place of ``ref_logps``: 1F more, no gradient. Its head is
-            ``ref_weight`` and ``ref_bias``, else ``weight`` and ``bias`` without ``lora`` (adapters off). Same ``rows``,
-            ``temperature``, ``logit_scale`` and ``logit_softcap``.
-        stats: also return these values of each token, without gradient: "logps" and the statistics of ``token_logprobs``.
-        memory_budget: bytes of extra memory at the peak, gradients not counted. None: 1 GiB, besides what grows with the
-            rows of a group alone.
+            ``ref_weight`` and ``ref_bias``, else ``weight`` and ``bias`` without ``lora`` (adapters off). Same
+            ``rows``, ``temperature``, ``logit_scale`` and ``logit_softcap``.
+        stats: values of each token to return as well, without gradient: "logps", the statistics of ``token_logprobs``.
+        memory_budget: bytes of extra memory at the peak, gradients not counted. None: 1 GiB, besides what grows with
+            the rows of a group alone.
 
     Returns:
-        PreferenceOutput, of which ``loss`` carries gradient to hidden, weight, bias, lora and the float fields of segments;
-        with ``stats``, ``(PreferenceOutput, {name: [T]})``, 0 at tokens that do not count.
+        PreferenceOutput, of which ``loss`` carries gradient to hidden, weight, bias, lora and the float fields of
+        segments; with ``stats``, ``(PreferenceOutput, {name: [T]})``, 0 at tokens that do not count.
 
     Raises:
-        TypeError, ValueError: one line that names the argument. ValueError where the budget does not hold the rows of
-        connected sequences and the smallest tile. Losses that couple a batch beyond their tuples (of sorted scores, of a
-        running mean of this batch's scores), a gradient of statistics and a vocabulary split over processes take two
-        phases: ``linear_token_logprobs``, then ``sequence_scores`` or ``preference_loss``.
+        TypeError, ValueError: one line that names the argument. ValueError too where the budget does not hold the rows
+            of connected sequences and the smallest tile. Two phases, ``linear_token_logprobs`` and then
+            ``sequence_scores`` or ``preference_loss``, are what this op cannot replace for losses that couple a batch
+            beyond its tuples (sorted scores, a running mean of this batch's), for gradients of statistics, and for a
+            vocabulary split over processes.
 
-    Cost, in F = 2 R H V operations, R counting the hidden rows that predict tokens that count: 1F without gradient, **2F**
-    with a frozen head, **3F** with a trained one, 1F more for ``ref_hidden``; connected sequences that alone exceed the
-    budget have part of their logits computed again (up to 4F). ``plan`` says it for given segments. dweight is summed over
-    tokens in fp32 and rounded once. The backward of ``loss`` itself multiplies nothing and copies nothing on a CPU; another
-    upstream gradient than 1 allocates the gradients a second time. Deterministic; independent of the grouping up to the
-    rounding of sums. Source: derived in this folder's README.
+    Cost, in F = 2 R H V operations, R counting the hidden rows that predict tokens that count: 1F without gradient,
+    **2F** with a frozen head, **3F** with a trained one, 1F more for ``ref_hidden``; connected sequences that alone
+    exceed the budget have part of their logits computed again (up to 4F). ``plan`` says it for given segments.
+    dweight is summed over tokens in fp32 and rounded once. The backward of ``loss`` itself multiplies nothing and
+    copies nothing on a CPU; another upstream gradient than 1 allocates the gradients a second time. Deterministic;
+    independent of the grouping up to the rounding of sums. Source: derived in this folder's README.
     """
     hidden, weight, bias, lora = _under_autocast(hidden, parallel.local(weight, None), bias, lora)
     check_tensors(hidden, weight, labels, bias, rows, lora)
     check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias, weight, objective)
     known = labels.new_zeros(labels.numel(), dtype=torch.float32) if ref_hidden is not None else ref_logps
     head = (temperature, logit_scale, logit_softcap)
-    check_loss_and_stats(
-        hidden, labels, known, segments, pairs, objective, stats, head, topk, label_set, memory_budget
-    )
+    check_loss_and_stats(hidden, labels, known, segments, pairs, objective, stats, head, topk, label_set, memory_budget)
     flat = labels.reshape(-1).to(torch.int64)
     mask = flat != ignore_index if segments.mask is None else segments.mask & (flat != ignore_index)
     if ref_hidden is not None:
@@ -235,9 +234,7 @@ def _reference(ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, **head: A
     return logps.reshape(-1)
 
 
-def _wanted(
-    inputs: Inputs, tokens: Tokens, stats: Sequence[str], topk: int, label_set: Tensor | None
-) -> run.Wanted:
+def _wanted(inputs: Inputs, tokens: Tokens, stats: Sequence[str], topk: int, label_set: Tensor | None) -> run.Wanted:
     """What the op is to compute besides the loss."""
     grads = torch.is_grad_enabled()
 

@@ -38,4 +38,3 @@ def spec(
         ref_logps = from_hidden.spec(*of, ignore_index=ignore_index, **own)["logps"].detach()
     logps = from_hidden.spec(hidden, weight, labels, ignore_index=ignore_index, **head)["logps"]
     return preference_loss(logps, ref_logps, replace(segments, mask=mask), pairs, objective)
-

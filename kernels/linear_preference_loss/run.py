@@ -174,7 +174,9 @@ class Known:
     def of(inputs: Inputs, found: Entries, plan: Plan, wanted: Wanted, kept: Tensor) -> "Known":
         batch, head = inputs.batch(found), inputs.head
         top = {"topk_mass", "topk_entropy"} & set(wanted.stats)
-        state = _state(inputs, batch, plan, kept, wanted.hidden_grad, min(wanted.topk, len(inputs.weight)) if top else 0)
+        state = _state(
+            inputs, batch, plan, kept, wanted.hidden_grad, min(wanted.topk, len(inputs.weight)) if top else 0
+        )
         moments = "entropy" in wanted.stats or "sum_p2" in wanted.stats
         engine.forward(head, batch, plan, state, HEAD.pick(inputs.weight.device, inputs.weight).impl, moments)
         in_set = None if wanted.label_set is None else statistics.set_logits(head, batch, wanted.label_set)
@@ -211,9 +213,7 @@ class Totals:
         self.first = True
         elements = max((each.head.kept_elements for each in plan.groups), default=0)
         self.kept = inputs.weight.new_empty(elements)
-        self.sums = {
-            name: self._sum(name) for name, needed in zip(HEAD_GRADS, wanted.head, strict=True) if needed
-        }
+        self.sums = {name: self._sum(name) for name, needed in zip(HEAD_GRADS, wanted.head, strict=True) if needed}
 
     def _sum(self, name: str) -> Tensor:
         out = self.outputs[f"d_{name}"].zero_() if name == "hidden" else self.outputs[f"d_{name}"]
