@@ -37,11 +37,11 @@ def check_settings(hidden, temperature, logit_scale, logit_softcap, stats, topk,
     """The same of everything that is no operand."""
     if isinstance(temperature, Tensor):
         _check_temperatures(temperature, hidden)
-    elif not (math.isfinite(temperature) and temperature > 0):
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it should be a positive number")
-    if not (math.isfinite(logit_scale) and logit_scale != 0):
+    if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale is {logit_scale}; it should be a number other than 0")
-    if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
         raise ValueError(f"logit_softcap is {logit_softcap}; it should be a positive number, or None for no cap")
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget is {memory_budget}; it should be a positive number of bytes, or None")
@@ -91,7 +91,7 @@ def _check_lora(lora, weight: Tensor) -> None:
         raise ValueError(f"lora A has shape {list(a.shape)}; it should be [r, {weight.shape[1]}] with r >= 1")
     _check_float("lora A", a, [rank, weight.shape[1]], weight)
     _check_float("lora B", b, [weight.shape[0], rank], weight)
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f"lora scale is {scale}; it should be a finite number")
 
 

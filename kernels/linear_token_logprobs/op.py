@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
-from fastpo.kernels.linear_token_logprobs import cpu_kernels, parallel, reference, run
+from fastpo.kernels.linear_token_logprobs import cpu_kernels, gemm, parallel, reference, run
 from fastpo.kernels.linear_token_logprobs.checks import check_settings, check_tensors
 from fastpo.kernels.token_logprobs.checks import STATS
 
@@ -51,6 +52,7 @@ _NUM_INPUTS = len(run.Inputs.__dataclass_fields__)
     schema=f"({_INPUTS}, Tensor? label_set, str stats, int topk, bool hidden_grad, bool head_grad) -> Tensor[]",
 )
 def _forward_op(*args):
+    gemm.tally.operations = 0
     return run.forward(run.Inputs(*args[:_NUM_INPUTS]), *args[_NUM_INPUTS:], op=OP)
 
 
@@ -67,6 +69,7 @@ def _(*args):
     "Tensor? grad_entropy, Tensor? grad_sum_p2) -> Tensor[]",
 )
 def _backward_op(*args):
+    gemm.tally.operations = 0
     inputs, (wanted, saved, *upstream) = run.Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS:]
     return run.backward(inputs, wanted, saved, upstream, op=OP)
 
@@ -74,6 +77,13 @@ def _backward_op(*args):
 @_backward_op.register_fake
 def _(*args):
     return run.empty_gradients(run.Inputs(*args[:_NUM_INPUTS]), args[_NUM_INPUTS])
+
+
+@register_flop_formula([torch.ops.fastpo.linear_token_logprobs_fwd, torch.ops.fastpo.linear_token_logprobs_bwd], True)
+def _operations(*_args, **_kwargs) -> int:
+    """What the call that has just returned has run: it depends on how many labels count. 0 on fake tensors."""
+    operations, gemm.tally.operations = gemm.tally.operations, 0
+    return operations
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -183,7 +193,7 @@ def linear_token_logprobs(
         labels.reshape(-1).to(torch.int64),
         bias,
         None if rows is None else rows.reshape(-1).to(torch.int64),
-        temperature.reshape(-1).to(_wide(hidden.dtype)) if isinstance(temperature, Tensor) else None,
+        temperature.reshape(-1).to(gemm.wide(hidden.dtype)) if isinstance(temperature, Tensor) else None,
         lora_a,
         lora_b,
         float(lora_scale),
@@ -204,10 +214,6 @@ def linear_token_logprobs(
         return logps
     by_name = dict(zip(run.OUTPUTS, outputs, strict=True))
     return logps, {name: by_name[name].view(labels.shape) for name in stats}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora) -> tuple:

@@ -15,20 +15,47 @@ _SMALLEST_VOCAB = 128
 class Plan:
     """How a fused head runs on at most N rows of size H and V vocabulary entries."""
 
-    mode: str  # "no gradient", "frozen head" or "trained head"
-    gemms: float  # GEMM work in units of F = 2 N H V operations, forward and backward together
-    reason: str  # why the mode costs that, in words
+    hidden_grad: bool
+    head_grad: bool
     row_chunk: int  # rows of a tile
     vocab_tile: int  # vocabulary entries of a tile
-    kept_elements: int  # of the N * V elements of exp(logits - max): how many are kept for the backward
+    elements: int  # N * V
+    kept_elements: int  # how many of them are kept for the backward, as exp(logits - max)
     state_bytes: int  # what grows with N: results, dhidden in the making, copies of rows
     tile_bytes: int  # workspace of one tile
     kept_bytes: int
 
     @property
+    def mode(self) -> str:
+        if self.head_grad:
+            return "trained head"
+        return "frozen head" if self.hidden_grad else "no gradient"
+
+    @property
+    def gemms(self) -> float:
+        """GEMM work in units of F = 2 N H V operations, forward and backward together."""
+        return 1 + self.hidden_grad + (1 + self._share_again if self.head_grad else 0)
+
+    @property
+    def reason(self) -> str:
+        """Why the mode costs that."""
+        parts = ["1F for the logits"]
+        if self.hidden_grad:
+            parts.append("1F for dhidden, made in the forward")
+        if self.head_grad:
+            parts.append("1F for dweight")
+        if self.head_grad and self._share_again > 0:
+            parts.append(f"{self._share_again:.2f}F for logits again that memory_budget does not hold")
+        return ", ".join(parts)
+
+    @property
     def bytes(self) -> int:
         """Extra memory at the peak, the gradients themselves not counted."""
         return self.state_bytes + self.tile_bytes + self.kept_bytes
+
+    @property
+    def _share_again(self) -> float:
+        return 1 - self.kept_elements / self.elements if self.elements else 0.0
 
     def __str__(self) -> str:
         tiles = f"tiles of {self.row_chunk} x {self.vocab_tile}"
@@ -70,8 +97,7 @@ def plan(
     elements = num_rows * vocab_size
     kept = min(max(room - tile - references, 0) // dtype.itemsize, elements) if head_grad else 0
     state += references if kept else 0
-    cost = _cost(kept, elements, hidden_grad, head_grad)
-    return Plan(*cost, rows, vocab, kept, state, tile, kept * dtype.itemsize)
+    return Plan(hidden_grad, head_grad, rows, vocab, elements, kept, state, tile, kept * dtype.itemsize)
 
 
 def _tile_bytes(rows: int, vocab: int, hidden_size: int, wide: int) -> int:
@@ -90,17 +116,3 @@ def _tile_shape(room: int, vocab_size: int, hidden_size: int, wide: int, largest
         else:
             vocab = max(vocab // 2, _SMALLEST_VOCAB)
     return rows, vocab
-
-
-def _cost(kept: int, elements: int, hidden_grad: bool, head_grad: bool) -> tuple[str, float, str]:
-    """Mode, F and the reason."""
-    if not hidden_grad and not head_grad:
-        return "no gradient", 1.0, "1F for the logits"
-    if not head_grad:
-        return "frozen head", 2.0, "1F for the logits, 1F for dhidden up to a factor per row, both in the forward"
-    forward = 2.0 if hidden_grad else 1.0
-    share = kept / elements if elements else 1.0
-    text = "1F for the logits, 1F for dhidden, 1F for dweight" if hidden_grad else "1F for the logits, 1F for dweight"
-    if share < 1:
-        text += f", {1 - share:.2f}F to compute again the logits that memory_budget does not hold"
-    return "trained head", forward + 1.0 + (1 - share), text

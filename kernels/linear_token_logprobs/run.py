@@ -88,6 +88,16 @@ def allocate(inputs: Inputs, stats: str, hidden_grad: bool, head_grad: bool) -> 
     return {name: inputs.hidden.new_empty(shapes[name], dtype=types.get(name, wide)) for name in OUTPUTS}
 
 
+def _zero_rest(outputs: dict[str, Tensor], found: Entries) -> None:
+    """The per-row outputs beyond the rows that are computed, so that no output depends on what memory held before."""
+    rows, count = found.num_rows, found.labels.shape[0]
+    outputs["picked"][count:] = 0
+    outputs["normalizer"][:, rows:] = 0
+    outputs["references"].zero_()
+    for name in ("product", "lora_product"):
+        outputs[name][rows:] = 0
+
+
 def _state(outputs: dict[str, Tensor], found: Entries, topk: int = 0) -> State:
     """Views of the outputs for the rows and entries that are computed."""
     rows, count = found.num_rows, found.labels.shape[0]
@@ -115,6 +125,7 @@ def forward(
     outputs = allocate(inputs, stats, hidden_grad, head_grad)
     wanted = [name for name in STATS if name in stats.split(",")]
     found = inputs.entries(offset)
+    _zero_rest(outputs, found)
     if found.num_rows == 0:
         for name in ("logps", *STATS):
             outputs[name].zero_()
