@@ -2,8 +2,8 @@
 
 The C++ backend sums blocks of 256 vectors in float (128 with moments; 16, 8 or 4 floats each, by instruction set),
 groups them by segments of 16384 columns, takes 4 vectors a step and guesses its reference from the first 256 columns:
-SHAPES take every tail and every border of these. Every case runs on each instruction set that this processor has. The Triton kernels: see
-test_token_logprobs_triton.py.
+SHAPES take every tail and every border of these. Every case runs on each instruction set that this processor has. The
+Triton kernels have tests of their own.
 """
 
 import pytest
@@ -335,10 +335,10 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch, n):
     [(0, torch.exp, -87.3, 88.7, 1.1), (1, torch.exp, -87.3, 40, 1.3), (2, torch.tanh, -20, 20, 1.2)],
     ids=["exp", "exp_rate", "tanh"],
 )
-def test_errors_of_the_elementary_functions(backend, which, exact, low, high, ulps):
-    """The errors that csrc/simd.h states, on a million points."""
-    if backend == "torch":
-        pytest.skip("torch's own functions")
+@pytest.mark.parametrize("compiled", backends()[1:])
+def test_errors_of_the_elementary_functions(monkeypatch, compiled, which, exact, low, high, ulps):
+    """The errors that csrc/simd.h states, on two million points."""
+    choose(monkeypatch, compiled)
     x = torch.linspace(low, high, 1_000_003)
     x = torch.cat((x, x / 64))
     out = torch.empty_like(x)
