@@ -1,0 +1,86 @@
+"""The launchers of the Triton kernels get as far as the launch without a GPU.
+
+The interpreter never binds arguments as triton's launcher does (which types, which specialised, which constant), and
+fastpo.aot compiles what it is told. Here a stub stands for the driver: every launch is bound and compiled for sm_90 as
+on a GPU, then not launched. In a process of its own, since this one may interpret its kernels.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpo.dispatch import triton_missing
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+driver.set_active(Driver())
+compiled, run = set(), JITFunction.run
+
+def bind(self, *args, grid, warmup, **kwargs):
+    compiled.add((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs).hash))
+
+JITFunction.run = bind
+"""
+PREFERENCE_LOSS = """
+from preference_loss_cases import TOKEN_FIELDS, Batch
+from fastpo import objectives
+from fastpo.kernels.preference_loss import records, triton_kernels
+
+def step(batch, given=False):
+    tensors = {**batch.leaves, "ref_logps": batch.ref, "cu_seqlens": batch.cu, "mask": batch.mask}
+    tensors = {n: x.float() if x is not None and x.dtype == torch.float64 else x for n, x in tensors.items()}
+    tokens = records.Tokens(**dict.fromkeys(records.Tokens._fields) | tensors)
+    columns = {n: x.float() for n, x in batch.columns.items()}
+    tuples = records.Tuples(**dict.fromkeys(records.Tuples._fields) | columns | {"index": batch.index})
+    setting = records.token_settings(batch.objective)
+    scores = torch.zeros(len(batch.cu) - 1) if given else None
+    out = triton_kernels.forward(tokens, scores, tuples, setting, records.TupleSettings.of(batch.objective))
+    needs = [getattr(tokens, name) is not None for name in records.TokenGrads._fields]
+    for some in (needs, [True] + [False] * 5):
+        triton_kernels.backward(torch.ones(()), out.score_grads, out.nll_grads, tokens, out.lengths, setting, some)
+
+step(Batch(objectives.dpo()))
+step(Batch(objectives.dpo(), mask=False))
+step(Batch(objectives.cpo(), fields=("pairs.weights", "pairs.margins", "pairs.beta_scales")))
+step(Batch(objectives.orpo(), fields=[f"segments.{name}" for name in TOKEN_FIELDS]), given=True)
+step(Batch(objectives.irpo(), (9000, 8192), ((0, 1),)))
+before = len(compiled)
+for pairs in (16, 17, 31, 64):
+    for tokens in (250, 241, 255):
+        step(Batch(objectives.dpo(beta=0.01 * pairs), (tokens,) * 2 * pairs, [(i, i + pairs) for i in range(pairs)]))
+print(before, len(compiled) - before)
+"""
+
+
+def launch(script: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run([sys.executable, "-c", STUB + script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(triton_missing() == "triton is not installed", reason="triton is not installed")
+def test_preference_loss_compiles_for_any_batch_once():
+    """Neither the number of pairs, nor that of tokens, nor beta is compiled in, once each kernel's kinds are there."""
+    kinds, more = map(int, launch(PREFERENCE_LOSS).split())
+    assert kinds >= 20
+    assert more <= 2  # another block size of sums and backward
