@@ -16,6 +16,7 @@ them need to see the same DIR.
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from fastpo.data import (
     training_prompts,
 )
 from fastpo.errors import RunError
-from fastpo.models import PromptResponse
+from fastpo.models import PromptResponse, onednn_matmul
 from fastpo.pairs import PairRecord, build_pairs, explain_no_pairs
 from fastpo.results import result_row, stage_folder
 from fastpo.rewards import Scorer, load_reward
@@ -367,7 +368,8 @@ def train(config: Config, display: Display) -> None:
     """The whole run into ``config.output_dir``."""
     loop = Loop(config, display)
     try:
-        loop.train()
+        with onednn_matmul() if config.model == "embedded" else nullcontext():
+            loop.train()
     finally:
         loop.tracker.close()
 

@@ -177,7 +177,9 @@ class Run:
         path = self.model_path(iteration)
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None  # frees the old one before the new one is loaded
-            self._loaded = (path, load_model(path, self.config.dtype).to(self.accelerator.device))
+            attention = embedded.ATTENTION if self.config.model == "embedded" else None
+            model = load_model(path, self.config.dtype, attention)
+            self._loaded = (path, model.to(self.accelerator.device))
         return self._loaded[1]
 
     def take_model(self, iteration: int) -> PreTrainedModel:

@@ -138,7 +138,7 @@ def test_records_are_means_over_the_batch(tmp_path):
 
 @pytest.mark.parametrize("objective", [objectives.irpo(), objectives.cpo(), objectives.dpo(), objectives.orpo()])
 def test_micro_batches_do_not_change_the_gradient(objective):
-    """cpo and orpo divide their NLL by the tokens of the batch, which no micro-batch knows. 60 tokens hold 1 or 2 pairs."""
+    """cpo and orpo divide their NLL by the tokens of the batch, which no micro-batch knows. 60 tokens: 1 or 2 pairs."""
     found = []
     for micro_batch_tokens in (10_000, 60):
         model = build()
