@@ -51,7 +51,7 @@ def onednn_matmul() -> Iterator[None]:
     processors with AMX, oneDNN may round the factors to bf16. Flash attention on the CPU makes many small products,
     which this slows down: load models with ``attention="eager"``.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
