@@ -45,6 +45,7 @@ class AotConfig:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    maxnreg: int | None = None  # limit of registers per thread; None leaves the choice to ptxas
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any
         options={
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
+            "maxnreg": config.maxnreg,
             "enable_fp_fusion": True,
             **options,
         },

@@ -298,10 +298,11 @@ def forward(
     num_rows, vocab = labels.shape[0], logits.shape[2]
     if num_rows == 0:
         return
-    lanes, vec, num_warps = tile_shape(logits.dtype, vocab)
     wanted = [out if out.numel() else None for out in stats]
+    top = wanted[3] is not None or wanted[4] is not None
+    lanes, vec, num_warps = tile_shape(logits.dtype, vocab, top)
     splits, part_size = split_row(num_rows, vocab, lanes * vec, multiprocessors(logits.device))
-    fields = STATE.value + (SLOTS.value if wanted[3] is not None or wanted[4] is not None else 0)
+    fields = STATE.value + (SLOTS.value if top else 0)
     parts = logps.new_empty(num_rows, splits, fields) if splits > 1 else None
     row_args = (
         logits, logits.stride(0), logits.stride(1), logits.shape[1], labels, temperatures, label_set,
@@ -312,7 +313,8 @@ def forward(
     grid = (num_rows, splits)
     _forward_kernel[grid](
         *row_args, part_size, *outputs,
-        LANES=lanes, VEC=vec, ALIGNED=_aligned(logits), num_warps=num_warps, enable_fp_fusion=True,
+        LANES=lanes, VEC=vec, ALIGNED=_aligned(logits), num_warps=num_warps, maxnreg=_registers(top),
+        enable_fp_fusion=True,
     )  # fmt: skip
     if parts is not None:
         joined = triton.next_power_of_2(splits)
@@ -343,15 +345,23 @@ def backward(
     )  # fmt: skip
 
 
+def _registers(top: bool) -> int | None:
+    """A limit that nothing reaches: left to itself, ptxas trades a few spills for occupancy here."""
+    return 64 if top else None
+
+
 def _aligned(logits: Tensor) -> bool:
     return all(x * logits.itemsize % 16 == 0 for x in logits.stride()[:2]) and logits.data_ptr() % 16 == 0
 
 
-def tile_shape(dtype: torch.dtype, vocab: int) -> tuple[int, int, int]:
-    """LANES, VEC (16 bytes) and num_warps: 4096 elements over 256 threads, less for a small vocabulary."""
+def tile_shape(dtype: torch.dtype, vocab: int, top: bool = False) -> tuple[int, int, int]:
+    """LANES, VEC (16 bytes) and num_warps: 4096 elements over 256 threads, less for a small vocabulary.
+
+    Half as many with the top k, whose search holds the tile in registers.
+    """
     vec = 16 // dtype.itemsize
-    tile = min(4096, max(256, triton.next_power_of_2(vocab)))
-    return tile // vec, vec, 8 if tile == 4096 else 4
+    tile = min(2048 if top else 4096, max(256, triton.next_power_of_2(vocab)))
+    return tile // vec, vec, 8 if tile >= 2048 else 4
 
 
 def split_row(num_rows: int, vocab: int, tile: int, processors: int) -> tuple[int, int]:
@@ -384,7 +394,8 @@ _STATS = {"logsumexp_ptr", "entropy_ptr", "sum_p2_ptr", "topk_mass_ptr", "topk_e
 
 def _aot(kernel: Any, label: str, dtype: torch.dtype, absent: set[str], aligned: bool = True) -> AotConfig:
     """How the launchers above compile ``kernel`` for a large vocabulary, with the arguments in ``absent`` None."""
-    lanes, vec, num_warps = tile_shape(dtype, 128256)
+    top = kernel is _forward_kernel and "topk_mass_ptr" not in absent
+    lanes, vec, num_warps = tile_shape(dtype, 128256, top)
     if kernel is _join_kernel:
         num_warps = 1
     shape = {
@@ -400,7 +411,8 @@ def _aot(kernel: Any, label: str, dtype: torch.dtype, absent: set[str], aligned:
         types = {name: kind.removesuffix(":16") if kind[0] == "i" else kind for name, kind in types.items()}
     signature = {name: types[name] for name in kernel.arg_names if name not in absent | shape.keys()}
     constexprs = shape | {name: None for name in kernel.arg_names if name in absent}
-    return AotConfig(f"{label} {dtype}".replace("torch.", ""), kernel, signature, constexprs, num_warps)
+    name = f"{label} {dtype}".replace("torch.", "")
+    return AotConfig(name, kernel, signature, constexprs, num_warps, maxnreg=_registers(top))
 
 
 AOT = [
