@@ -121,6 +121,7 @@ def _over_iterations(axes: Axes, chart: Chart, rows: Sequence[Row]) -> bool:
             axes.plot(x, y, series.style, color=series.color, marker="o", markersize=4, label=series.label or None)
             drawn = True
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(-0.2, len(rows) - 0.8)
     axes.set_xlabel("iteration (0: start)")
     return drawn
 
@@ -143,6 +144,7 @@ def _over_steps(axes: Axes, chart: Chart, histories: Sequence[Sequence[Row]]) ->
         if start:
             axes.axvline(start, color=GREY, linewidth=0.6, linestyle=":")
         start += len(history)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     return drawn
 

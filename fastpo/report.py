@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 1120px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
-p.lead { color: #4a5568; margin: .3rem 0 1rem }
+p.lead { color: #4a5568; margin: .3rem 0 1rem } p.question { margin: 1.2rem 0 .5rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { font-weight: 600; color: #4a5568 }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e2e8f0 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
@@ -93,16 +93,16 @@ def _answers(directory: Path, rows: Sequence[Row]) -> str:
         for example in examples:
             answers.setdefault(str(example["prompt"]), []).append(_answer(row["name"], example))
     blocks = [
-        f'<p class="lead">{escape(prompt)}</p><div class="answers">{"".join(cards)}</div>'
+        f'<p class="question">{escape(prompt)}</p><div class="answers">{"".join(cards)}</div>'
         for prompt, cards in answers.items()
     ]
     return f"<h2>Answers to held-out problems</h2>{''.join(blocks)}" if blocks else ""
 
 
 def _answer(name: str, example: Row) -> str:
-    right = example["reward"] is not None and example["reward"] > 0
-    kind, mark = ("right", "right") if right else ("wrong", "wrong")
-    return f'<div class="answer {kind}"><b>{escape(name)}: {mark}</b><pre>{escape(example["response"])}</pre></div>'
+    kind = "" if example["reward"] is None else "right" if example["reward"] > 0 else "wrong"
+    head = f"{name}: {kind}" if kind else name
+    return f'<div class="answer {kind}"><b>{escape(head)}</b><pre>{escape(example["response"])}</pre></div>'
 
 
 def _times(directory: Path) -> str:
