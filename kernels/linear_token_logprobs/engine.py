@@ -64,7 +64,7 @@ class State:
 
     largest: Tensor  # [R] m, the largest y
     sums: Tensor  # [3, R] float64, of e^t, t e^t, e^2t
-    picked: Tensor  # [E] y of each entry's label; untouched where no tile has the label
+    picked: Tensor  # [E] y of each entry's label; NaN where no tile has the label
     top: Tensor | None  # [R, k] the largest y, descending
     product: Tensor | None  # [R, H] relative to m; None where dhidden is not wanted
     lora_product: Tensor | None  # [R, r] the same with LoRA's B in place of W
@@ -84,7 +84,7 @@ class State:
         return State(
             largest=new(num_rows),
             sums=new(3, num_rows, of=torch.float64),
-            picked=new(batch.entries.labels.shape[0]).fill_(torch.nan),
+            picked=new(batch.entries.labels.shape[0]),
             top=new(num_rows, topk) if topk else None,
             product=new(num_rows, hidden_size) if with_hidden else None,
             lora_product=new(num_rows, batch.u.shape[1]) if with_hidden and batch.u is not None else None,
@@ -108,6 +108,7 @@ def forward(head: Head, batch: Batch, plan: Plan, state: State, kernels: ModuleT
     """Fills ``state``: 1F, or 2F with ``state.product``. ``moments``: whether sums of t e^t and e^2t are wanted."""
     state.largest.fill_(-torch.inf)
     state.sums.zero_()
+    state.picked.fill_(torch.nan)
     if state.top is not None:
         state.top.fill_(-torch.inf)
     for first, last, part in batch.chunks(plan.row_chunk):
