@@ -69,6 +69,31 @@ for pairs in (16, 17, 31, 64):
 print(before, len(compiled) - before)
 """
 
+TOKEN_LOGPROBS = """
+from token_logprobs_cases import rows
+from fastpo.kernels.token_logprobs import op
+
+def step(n, vocab, dtype=torch.bfloat16, stats="", inner=1, softcap=0.0, per_row=False, label_set=None, topk=10):
+    logits, labels = rows(n * inner, vocab, dtype)
+    temperatures = torch.ones(n * inner) if per_row else None
+    logits = logits.view(n, inner, vocab)
+    outputs = op._allocate(logits, labels, stats.split(","))
+    scalars = (0.5, softcap, -100)
+    op._Triton.forward(logits, labels, temperatures, label_set, *scalars, topk, *outputs)
+    for coefs in (None, torch.zeros(3, n * inner)):
+        grads = (outputs[1], torch.ones(n * inner), coefs)
+        op._Triton.backward(logits, labels, temperatures, *scalars, *grads, torch.empty_like(logits))
+
+step(20, 4096)
+step(20, 4097, torch.float32, ",".join(op.STATS), 1, 30.0, True, torch.tensor([1, 2, 3]))
+step(3, 40960, torch.float16, ",".join(op.STATS), 1, 30.0, True, torch.tensor([1, 2, 3]))
+step(3, 40960)
+before = len(compiled)
+for n, inner in ((17, 1), (32, 1), (9, 5), (1000, 1)):
+    step(n, 4096, inner=inner)
+print(before, len(compiled) - before)
+"""
+
 
 def launch(script: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
@@ -84,3 +109,11 @@ def test_preference_loss_compiles_for_any_batch_once():
     kinds, more = map(int, launch(PREFERENCE_LOSS).split())
     assert kinds >= 20
     assert more <= 2  # another block size of sums and backward
+
+
+@pytest.mark.skipif(triton_missing() == "triton is not installed", reason="triton is not installed")
+def test_token_logprobs_compiles_for_any_batch_once():
+    """Forward, join and backward with all arguments and with none; then no number of rows compiles anything."""
+    kinds, more = map(int, launch(TOKEN_LOGPROBS).split())
+    assert kinds >= 12
+    assert more == 0

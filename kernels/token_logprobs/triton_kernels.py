@@ -31,6 +31,9 @@ from fastpo.kernels.common.triton_online import (
 SLOTS = tl.constexpr(16)  # the largest topk
 STATE = tl.constexpr(4)  # floats of a part's state (m, s, t, q), before its top values
 
+# Arguments that change from batch to batch: compiled for any value, so that no batch waits for the compiler.
+_ANY_VALUE = ["inner", "label_set_size", "ignore_index", "topk", "num_rows", "splits", "tiles"]
+
 
 @triton.jit
 def _row_offset(row, inner, stride_outer, stride_inner):
@@ -105,7 +108,7 @@ def _finish(
         tl.store(label_set_prob_ptr + row, tl.where(kept, e / s, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def _forward_kernel(
     logits_ptr,  # [outer, inner, V]
     stride_outer,
@@ -177,7 +180,7 @@ def _forward_kernel(
             tl.store(parts_ptr + STATE + tl.arange(0, SLOTS), top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def _join_kernel(
     logits_ptr,
     stride_outer,
@@ -231,7 +234,7 @@ def _join_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def _backward_kernel(
     logits_ptr,  # [outer, inner, V]
     stride_outer,
