@@ -1,5 +1,5 @@
-// The kernels of preference_loss.cu that go over tuples: losses and their slopes. Links are fp32, as on the CPU, what is
-// added up over tuples fp64.
+// The kernels of preference_loss.cu that go over tuples: losses and their slopes. Links and maps are fp32, as on the CPU,
+// everything around them fp64.
 #pragma once
 
 #include "preference_loss_tokens.cuh"
@@ -77,21 +77,22 @@ __device__ inline void link_terms(const Tuples& tuples, const Sequences& sequenc
   for (int j = 0; j < tuples.terms; ++j) {
     const float* coefs = tuples.table + j * (members + 5);
     const float* rest = coefs + members;
-    const float scale = rest[0] * beta_scale;
-    float sum = 0;
+    const double scale = static_cast<double>(rest[0]) * beta_scale;
+    double sum = 0;
     bool here = false;
     for (int k = 0; k < members; ++k) {
       if (own[k] == -1 || coefs[k] == 0) continue;
       here = true;
-      sum += coefs[k] * mapped_score(tuples, sequences, own[k]).value;
+      sum += static_cast<double>(coefs[k]) * mapped_score(tuples, sequences, own[k]).value;
     }
     if (!here) continue;
-    float z = scale * sum - rest[1];
-    if (tuples.margins && rest[2] != 0) z -= rest[2] * tuples.margins[p];
-    const Curve at = link_at(tuples.links[j], z, tuples.params ? tuples.params[p * tuples.terms + j] : rest[3]);
-    loss += rest[4] * at.value;
+    double z = scale * sum - rest[1];
+    if (tuples.margins && rest[2] != 0) z -= static_cast<double>(rest[2]) * tuples.margins[p];
+    const Curve at = link_at(tuples.links[j], static_cast<float>(z), tuples.params ? tuples.params[p * tuples.terms + j] : rest[3]);
+    loss += static_cast<double>(rest[4]) * at.value;
+    const double slope = static_cast<double>(rest[4]) * at.slope * scale;
     for (int k = 0; k < members; ++k) {
-      if (coefs[k] != 0) slopes[k] += static_cast<double>(rest[4] * at.slope) * scale * coefs[k];
+      if (coefs[k] != 0) slopes[k] += slope * coefs[k];
     }
   }
 }

@@ -77,6 +77,14 @@ class Batch:
                 if n == 9:
                     self.mask[cu[i] : cu[i + 1]] = False
 
+    def to(self, device: str) -> "Batch":
+        """Itself, with everything moved to ``device``."""
+        self.leaves = {name: x.to(device) for name, x in self.leaves.items()}
+        self.columns = {name: x.to(device) for name, x in self.columns.items()}
+        self.index, self.cu = self.index.to(device), self.cu.to(device)
+        self.ref, self.mask = (None if x is None else x.to(device) for x in (self.ref, self.mask))
+        return self
+
     def arguments(self, dtype: torch.dtype):
         leaves = {name: x.to(dtype).requires_grad_() for name, x in self.leaves.items()}
         logps = leaves["logps"]

@@ -1,9 +1,9 @@
 """The scalar functions of ``preference_loss`` as Triton device functions: links psi, score maps f, token maps phi.
 
 The table, its order (the codes) and its constants are those of kernels/preference_loss/links.py, which says what each
-function is; tests/test_preference_loss_triton.py compares every entry with it, in value and slope. Values are written
-for fp32 and fp64 alike: ``preference_loss`` evaluates links and score maps, of which there is one per tuple or
-sequence, in fp64, and token maps in fp32.
+function is; tests/test_links_triton.py compares every entry with it, in value and slope. ``preference_loss`` evaluates
+links and score maps, of which there is one per tuple or sequence, in fp64, and token maps in fp32: that is what they
+are precise for.
 """
 
 import triton
