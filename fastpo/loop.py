@@ -84,6 +84,7 @@ class Loop:
         self.check_data()
         self.warm_start()
         self.evaluate(0)
+        self.show_results(0)
         for iteration in range(1, iterations_of(self.config) + 1):
             if not self.run.has(self.folder(iteration) / "evaluation.json"):
                 self.iterate(iteration)

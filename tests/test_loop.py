@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpo import artifacts, cli
+from fastpo import artifacts, cli, stages
 from fastpo.artifacts import read_json, read_jsonl, write_jsonl
 from fastpo.report import write_report
 from fastpo.results import result_rows
@@ -184,6 +184,25 @@ def test_more_iterations_go_on(capsys, copy, reward_file):
     assert resume(capsys, copy, reward_file, iterations=3)[0] == 0
     assert (copy / "iteration_2" / "samples.jsonl").stat().st_mtime_ns == samples, "a finished stage is not run again"
     assert len(result_rows(copy)) == 4
+
+
+def test_finished_parts_are_not_sampled_again(capsys, copy, reward_file, monkeypatch):
+    """Killed while sampling, with one chunk of two prompts done: only the other four prompts are sampled."""
+    folder = copy / "iteration_2"
+    rows = read_jsonl(folder / "samples.jsonl")
+    expected = (folder / "samples.jsonl").read_bytes()
+    write_jsonl(folder / "samples.parts" / "00000.jsonl", rows[:2])
+    (folder / "samples.jsonl").unlink()
+    sampled, real = [], stages.sample
+
+    def counting(model, prompts, *args, num_samples, **settings):
+        sampled.extend(p.id for p in prompts if num_samples > 1)
+        return real(model, prompts, *args, num_samples=num_samples, **settings)
+
+    monkeypatch.setattr(stages, "sample", counting)
+    assert resume(capsys, copy, reward_file)[0] == 0
+    assert sampled == [row["id"] for row in rows[2:]]
+    assert (folder / "samples.jsonl").read_bytes() == expected
 
 
 def test_a_reward_that_raises_loses_nothing(capsys, copy, reward_file, tmp_path, monkeypatch):
