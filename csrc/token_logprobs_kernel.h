@@ -69,7 +69,9 @@ static float add_block(const T* x, int64_t n, float reference, float softcap_val
   };
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    const Vf v[4] = {load(x + i), load(x + i + W), load(x + i + 2 * W), load(x + i + 3 * W)};
+    Vf v[4];
+    load2(x + i, v[0], v[1]);
+    load2(x + i + 2 * W, v[2], v[3]);
     const Vf among = max(max(v[0], v[1]), max(v[2], v[3]));
     largest = max(among, largest);
     if (TOP && greater(among, kth) != 0) {
@@ -159,9 +161,12 @@ static void softmax_grad(const void* logits, int64_t n, const RowScale& row, con
   };
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    Vf values[4];
-    for (int j = 0; j < 4; ++j) values[j] = gradient(load(x + i + j * W));
-    for (int j = 0; j < 4; ++j) store(out + i + j * W, values[j]);
+    Vf v[4];
+    load2(x + i, v[0], v[1]);
+    load2(x + i + 2 * W, v[2], v[3]);
+    for (Vf& value : v) value = gradient(value);
+    store2(out + i, v[0], v[1]);
+    store2(out + i + 2 * W, v[2], v[3]);
   }
   for (; i + W <= n; i += W) store(out + i, gradient(load(x + i)));
   if (i < n) store_n(out + i, gradient(load_n(x + i, static_cast<int>(n - i), 0.f)), static_cast<int>(n - i));
