@@ -40,7 +40,7 @@ struct Product {
 //   add         adds tokens [first, first + n) to the sums, in fp32: n should not be large
 //   fill        out = value
 //   combine     out = sum of the products
-//   difference  out = coef (a - b_coef b), b may be null
+//   difference  out = coef (a - b_coef b), b may be null; 0 where a is
 //   multiply    out = a b
 struct PreferenceKernels {
   void (*add)(const TokenSlice& tokens, int64_t first, int64_t n, float ref_coef, TokenSums& sums);

@@ -152,6 +152,7 @@ static void combine_tokens(const Product (&products)[3], const bool* mask, int64
 }
 
 static void difference_tokens(float coef, const float* a, const float* b, float b_coef, const bool* mask, int64_t n, float* out) {
+  if (a == nullptr) return fill_tokens(0.f, nullptr, n, out);
   for_vectors(n, [&](int64_t i, int size) __attribute__((always_inline)) {
     Vf x = read(a + i, size);
     if (b) x = x - set(b_coef) * read(b + i, size);

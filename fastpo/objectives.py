@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Link psi -> its parameter's default. The order is the code that the kernels know a link by.
 LINKS: dict[str, float] = {
     "logistic": 1.0,  # -q log s(z) - (1-q) log s(-z); parameter: the soft label q
@@ -349,6 +352,12 @@ def selm(beta: float = 0.01, alpha: float = 1e-3) -> Objective:
     """``-log s(beta (D_w - D_l)) + alpha beta D_u``, u a third sequence. SELM, Zhang et al. 2024; VPO with E[D]."""
     explore = Term((0.0, 0.0, 1.0), "linear", beta, margin_coef=0.0, weight=alpha)
     return Objective("selm", (Term(scale=beta), explore), beta=beta)
+
+
+def visit_soft_labels(chosen_visits: Tensor, rejected_visits: Tensor) -> Tensor:
+    """Pairs.soft_labels [P] of ``mcts_dpo`` from visit counts [P]: ``1 - q = min(N_l / (N_l + max(1, N_w)), 1/2)``."""
+    rejected = rejected_visits.to(torch.float32)
+    return 1 - (rejected / (rejected + chosen_visits.clamp(min=1))).clamp(max=0.5)
 
 
 PRESETS: dict[str, Callable[..., Objective]] = {

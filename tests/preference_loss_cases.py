@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fastpo.kernels.preference_loss import preference_loss, reference
-from fastpo.kernels.preference_loss.op import _tokens, _tuples
-from fastpo.kernels.preference_loss.records import TupleSettings, token_settings
+from fastpo.kernels.preference_loss.records import TupleSettings, token_settings, tokens_of, tuples_of
 from fastpo.objectives import Objective, Term
 from fastpo.types import Pairs, Segments
 
@@ -109,7 +108,7 @@ class Batch:
         """Loss and gradients of the spec in fp64, by autograd."""
         leaves, (logps, ref, segments, pairs, objective) = self.arguments(torch.float64)
         loss = reference.loss_value(
-            _tokens(logps, ref, segments, logps), None, _tuples(pairs, objective, logps),
+            tokens_of(logps, ref, segments, logps), None, tuples_of(pairs, objective, logps),
             token_settings(objective), TupleSettings.of(objective),
         )  # fmt: skip
         grads = torch.autograd.grad(loss, leaves.values(), allow_unused=True)

@@ -1,10 +1,11 @@
 """Benchmark cases of ``preference_loss``: benchmarks/run.py finds and times them.
 
-The peers work on padded batches [2P, L], chosen first, as TRL does; fastpo on the same tokens packed. ``trl`` is what TRL
-1.16's DPOTrainer computes from per-token log-probs to the loss, for its losses "sigmoid" and "sigmoid" + "sft": it
-expects log-probs that are 0 at masked positions, as its fused head gives them. ``trl + mask`` multiplies by the completion
-mask first, as the trainer does with ld_alpha and as log-probs from anywhere else need. ``trl _compute_loss``, where
-trl is installed, is the method itself with the metrics that it cannot leave out.
+The peers work on padded batches [2P, L], chosen first, as TRL does; fastpo on the same tokens packed. ``trl`` is what
+TRL 1.16's DPOTrainer computes from per-token log-probs to the loss, for its losses "sigmoid" and "sigmoid" + "sft": it
+expects log-probs that are 0 at masked positions, as its fused head gives them, and its gradient of a sum is a view of
+stride 0, written by whoever reads it. ``trl + mask`` multiplies by the completion mask first, as the trainer does with
+ld_alpha and as log-probs from anywhere else need. (The method itself cannot be timed apart from its metrics;
+tests/test_objectives.py calls it.)
 """
 
 from collections.abc import Callable

@@ -23,10 +23,13 @@ from .records import (
     TokenSettings,
     Tuples,
     TupleSettings,
+    as_float,
     empty_grads,
     empty_outputs,
     empty_scores,
     token_settings,
+    tokens_of,
+    tuples_of,
 )
 
 _TOKENS = (
@@ -98,13 +101,19 @@ OP = Op(
 )
 
 
-def _backend(like: Tensor, tokens: Tokens, index: Tensor | None, num_sequences: int) -> Any:
-    """The implementation for these tensors. Values are checked here, where reading them is free: below compilation."""
+def _run(name: str, like: Tensor, tokens: Tokens, index: Tensor | None, num_sequences: int, *args: Any) -> Any:
+    """Calls ``name`` of a backend. Values are checked here: below compilation, and where reading them costs nothing."""
     backend = OP.pick(like.device, like.dtype)
-    compiled_checks = backend.name == "cpu"
-    if (like.device.type == "cpu" and not compiled_checks) or os.environ.get("FASTPO_DEBUG") == "1":
+    function = getattr(backend.impl, name)
+    checks_itself = backend.name == "cpu"
+    if (like.device.type == "cpu" and not checks_itself) or os.environ.get("FASTPO_DEBUG") == "1":
         checks.check_values(tokens, index, num_sequences)
-    return backend.impl
+    try:
+        return function(tokens, *args)
+    except RuntimeError:
+        if checks_itself:  # C++ has no ValueError to raise
+            checks.check_values(tokens, index, num_sequences)
+        raise
 
 
 # ---------------------------------------------------------------- ops
@@ -133,14 +142,13 @@ def _forward(*args: Any) -> Outputs:
     tokens, scores, tuples, token_set, tuple_set = _unflatten(args)
     like = tokens.logps if scores is None else scores
     num_sequences = tokens.cu_seqlens.shape[0] - 1 if scores is None else len(scores)
-    impl = _backend(like, tokens, tuples.index, num_sequences)
-    return impl.forward(tokens, scores, tuples, token_set, tuple_set)
+    return _run("forward", like, tokens, tuples.index, num_sequences, scores, tuples, token_set, tuple_set)
 
 
 def _scores(*args: Any) -> tuple[Tensor, Tensor]:
     tokens = Tokens(*args[:_NT])
-    impl = _backend(tokens.logps, tokens, None, tokens.cu_seqlens.shape[0] - 1)
-    return impl.scores(tokens, TokenSettings(*args[_NT:]))
+    num_sequences = tokens.cu_seqlens.shape[0] - 1
+    return _run("scores", tokens.logps, tokens, None, num_sequences, TokenSettings(*args[_NT:]))
 
 
 def _backward(grad, score_grads, nll_grads, *args: Any) -> TokenGrads:
@@ -318,9 +326,10 @@ def preference_loss(
     checks.check_loss(logps, ref_logps, segments, pairs, objective, scores)
     like = scores if logps is None else logps
     assert like is not None
-    tokens = _tokens(logps, ref_logps, segments, like)
-    given = None if scores is None else _float(scores, like)
-    flat = (*tokens, given, *_tuples(pairs, objective, like), *token_settings(objective), *TupleSettings.of(objective))
+    tokens = tokens_of(logps, ref_logps, segments, like)
+    given = None if scores is None else as_float(scores, like)
+    tuples = tuples_of(pairs, objective, like)
+    flat = (*tokens, given, *tuples, *token_settings(objective), *TupleSettings.of(objective))
     run = _Loss.apply if _eager_autograd() else torch.ops.fastpo.preference_loss_fwd
     outputs = Outputs(*run(*flat))
     return PreferenceOutput(*outputs[: len(outputs) - 2])
@@ -336,54 +345,11 @@ def sequence_scores(
 
     ``S_i = n_i^-length_power * sum_t [ w_t (phi(l_t) - ref_coef r_t) + k_t K_t ]`` over the masked-in tokens of
     sequence i; 0 where there are none. Compute a loss of them (sorted, against a running mean, ...) in PyTorch, or
-    build tuples from them and pass them on as ``scores=`` of ``preference_loss``. Under ``torch.no_grad``: scoring only.
+    build tuples from them, or pass them on as ``scores=`` of ``preference_loss``. ``torch.no_grad()``: scores only.
 
     Arguments, types and errors as ``preference_loss``; ``nll_weights`` and ``token_coefs`` do not enter scores.
     """
     checks.check_scores(logps, ref_logps, segments, objective)
-    tokens = _tokens(logps, ref_logps, segments, logps)._replace(nll_weights=None, token_coefs=None)
+    tokens = tokens_of(logps, ref_logps, segments, logps)._replace(nll_weights=None, token_coefs=None)
     run = _Scores.apply if _eager_autograd() else torch.ops.fastpo.sequence_scores_fwd
     return run(*tokens, *token_settings(objective))[0]
-
-
-def _tokens(logps: Tensor | None, ref_logps: Tensor | None, segments: Segments | None, like: Tensor) -> Tokens:
-    if logps is None or segments is None:
-        return Tokens(*(None,) * _NT)
-    s = segments
-    floats = (_float(x, like) for x in (s.weights, s.kl, s.kl_weights, s.nll_weights, s.token_coefs))
-    mask = None if s.mask is None else s.mask.contiguous()
-    cu_seqlens = s.cu_seqlens.to(torch.int64).contiguous()
-    return Tokens(_float(logps, like), _float(ref_logps, like), cu_seqlens, mask, *floats)
-
-
-def _tuples(pairs: Pairs, objective: Objective, like: Tensor) -> Tuples:
-    params = _link_params(pairs, objective)
-    columns = (_float(x, like) for x in (pairs.weights, pairs.margins, params, pairs.beta_scales))
-    return Tuples(pairs.index.to(torch.int64).contiguous(), *columns)
-
-
-def _link_params(pairs: Pairs, objective: Objective) -> Tensor | None:
-    """[P, J] link parameters of each tuple, where the pairs replace some of the objective's."""
-    if pairs.soft_labels is None and pairs.targets is None:
-        return None
-    width = objective.num_members + 5
-    columns = []
-    for j, term in enumerate(objective.terms):
-        column = None
-        if term.takes_soft_label and pairs.soft_labels is not None:
-            column = pairs.soft_labels
-        if term.link == "squared" and pairs.targets is not None:
-            column = pairs.targets[:, j]
-        if column is None:
-            column = pairs.index.new_full(
-                (len(pairs.index),), objective.table[j * width + width - 2], dtype=torch.float32
-            )
-        columns.append(column)
-    return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, dim=1)
-
-
-def _float(x: Tensor | None, like: Tensor) -> Any:
-    """``x`` in the type that is computed in, contiguous."""
-    if x is None:
-        return None
-    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()

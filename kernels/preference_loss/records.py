@@ -3,12 +3,13 @@
 T tokens, S sequences, P tuples, K members, J terms. Floats are all float32, contiguous (or all float64: torch backend).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpo.objectives import NLL_NORMALIZERS, SCORE_MAPS, TOKEN_MAPS, Objective
+from fastpo.types import Pairs, Segments
 
 
 class Tokens(NamedTuple):
@@ -65,6 +66,50 @@ class TupleSettings(NamedTuple):
 
 def token_settings(objective: Objective) -> TokenSettings:
     return TokenSettings(TOKEN_MAPS.index(objective.phi), objective.ref_coef, objective.length_power)
+
+
+def tokens_of(logps: Tensor | None, ref_logps: Tensor | None, segments: Segments | None, like: Tensor) -> Tokens:
+    """The arguments of the public functions, checked before, in the types that are computed in: those of ``like``."""
+    if logps is None or segments is None:
+        return Tokens(*(None,) * len(Tokens._fields))
+    s = segments
+    floats = (as_float(x, like) for x in (s.weights, s.kl, s.kl_weights, s.nll_weights, s.token_coefs))
+    mask = None if s.mask is None else s.mask.contiguous()
+    cu_seqlens = s.cu_seqlens.to(torch.int64).contiguous()
+    return Tokens(as_float(logps, like), as_float(ref_logps, like), cu_seqlens, mask, *floats)
+
+
+def tuples_of(pairs: Pairs, objective: Objective, like: Tensor) -> Tuples:
+    params = _link_params(pairs, objective)
+    columns = (as_float(x, like) for x in (pairs.weights, pairs.margins, params, pairs.beta_scales))
+    return Tuples(pairs.index.to(torch.int64).contiguous(), *columns)
+
+
+def _link_params(pairs: Pairs, objective: Objective) -> Tensor | None:
+    """[P, J] link parameters of each tuple, where the pairs replace some of the objective's."""
+    if pairs.soft_labels is None and pairs.targets is None:
+        return None
+    width = objective.num_members + 5
+    columns = []
+    for j, term in enumerate(objective.terms):
+        column = None
+        if term.takes_soft_label and pairs.soft_labels is not None:
+            column = pairs.soft_labels
+        if term.link == "squared" and pairs.targets is not None:
+            column = pairs.targets[:, j]
+        if column is None:
+            column = pairs.index.new_full(
+                (len(pairs.index),), objective.table[j * width + width - 2], dtype=torch.float32
+            )
+        columns.append(column)
+    return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, dim=1)
+
+
+def as_float(x: Tensor | None, like: Tensor) -> Any:
+    """``x`` in the type that is computed in, contiguous."""
+    if x is None:
+        return None
+    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
 
 
 class Outputs(NamedTuple):
