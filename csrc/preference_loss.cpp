@@ -24,7 +24,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kLaneTokens = 4096;  // added up in fp32 lanes; beyond that in fp64
 constexpr int64_t kPhiTokens = 512;  // of which phi is computed at a time
 constexpr int64_t kTaskTuples = 512;
 constexpr int64_t kTupleWork = 16;  // what a member of a tuple costs, in tokens
@@ -108,13 +107,10 @@ struct Phi {
 
 TokenSums sum_sequence(const Tokens& tokens, const PreferenceKernels& run, int64_t i) {
   TokenSums sums;
-  const int64_t step = tokens.phi == 0 ? kLaneTokens : kPhiTokens, end = tokens.cu_seqlens[i + 1];
-  for (int64_t start = tokens.cu_seqlens[i]; start < end; start += step) {
-    const int64_t n = std::min(step, end - start);
-    if (tokens.phi == 0) {
-      run.add(tokens.all, start, n, tokens.ref_coef, sums);
-      continue;
-    }
+  const int64_t first = tokens.cu_seqlens[i], end = tokens.cu_seqlens[i + 1];
+  if (tokens.phi == 0) run.add(tokens.all, first, end - first, tokens.ref_coef, sums);
+  for (int64_t start = first; tokens.phi != 0 && start < end; start += kPhiTokens) {
+    const int64_t n = std::min(kPhiTokens, end - start);
     TokenSlice slice = tokens.slice(start);
     Phi phi;
     phi.compute(slice.logps, n, tokens.phi);
@@ -214,14 +210,14 @@ Forward preference_loss_forward(
   const Tokens tokens(logps, ref_logps, cu_seqlens, mask, weights, kl, kl_weights, nll_weights, token_coefs, phi, ref_coef, length_power);
   const int64_t num_sequences = scores ? scores->numel() : tokens.num_sequences;
   const int64_t num_tuples = index.size(0), members = index.size(1);
-  const float factor = mean && num_tuples > 0 ? static_cast<float>(1.0 / static_cast<double>(num_tuples)) : 1.f;
+  const double factor = mean && num_tuples > 0 ? 1.0 / static_cast<double>(num_tuples) : 1;
   const Tuples tuples{num_tuples, members, static_cast<int64_t>(links.size()), data<int64_t>(index), data<float>(tuple_weights),
                       data<float>(margins), data<float>(params), data<float>(beta_scales), links.data(),
-                      {table.begin(), table.end()}, {nll.begin(), nll.end()}, nll_normalizer, factor};
+                      table, nll, nll_normalizer, factor};
   STD_TORCH_CHECK(index_in_range(tuples, num_sequences), "pairs.index should lie in [-1, number of sequences)");
 
   Results out(scores ? *scores : *logps, num_sequences, num_tuples, members);
-  std::vector<Curve> mapped(num_sequences);
+  std::vector<CurveOf<double>> mapped(num_sequences);
   std::vector<float> nll_sums(num_sequences);
   const float* given = data<float>(scores);
   const auto finish = [&](int64_t i, const TokenSums& sums) {
@@ -230,7 +226,7 @@ Forward preference_loss_forward(
     out.lengths[i] = sums.count;
     nll_sums[i] = static_cast<float>(sums.nll);
     const bool empty = !given && sums.count == 0;
-    mapped[i] = empty ? Curve{0.f, 0.f} : score_map_at(static_cast<int>(score_map), out.scores[i], static_cast<float>(score_map_coef));
+    if (!empty) mapped[i] = score_map_at<double>(static_cast<int>(score_map), out.scores[i], score_map_coef);
   };
   const double linear = sum_sequences(tokens, num_sequences, finish);
   const Sequences sequences{num_sequences, mapped.data(), nll_sums.data(), out.lengths};

@@ -37,7 +37,7 @@ struct Product {
 };
 
 // What the vector kernels do for n tokens of one sequence; 0 is written where the mask is false.
-//   add         adds tokens [first, first + n) to the sums, in fp32: n should not be large
+//   add         adds tokens [first, first + n) to the sums
 //   fill        out = value
 //   combine     out = sum of the products
 //   difference  out = coef (a - b_coef b), b may be null; 0 where a is

@@ -1,6 +1,8 @@
 // Vector kernels of preference_loss over tokens of one sequence. Compiled once per instruction set, see simd_targets.h.
 // Masked-out tokens may hold anything, NaN too: they are selected away, never multiplied by 0.
 
+#define FASTPO_MEMBER __attribute__((always_inline))
+
 namespace fastpo::FASTPO_ISA {
 
 // Which of W tokens count.
@@ -26,6 +28,40 @@ FASTPO_INLINE Chosen chosen(const bool* mask) { return -Vi{mask[0], mask[1], mas
 FASTPO_INLINE Vf keep(Chosen c, Vf x) { return reinterpret_cast<Vf>(c & reinterpret_cast<Vi>(x)); }
 FASTPO_INLINE int count(Chosen c) { return -(c[0] + c[1] + c[2] + c[3]); }
 #endif
+
+// W sums in fp64, as two vectors.
+#if FASTPO_SIMD_BITS == 512
+using Vd = __m512d;
+FASTPO_INLINE Vd low(Vf x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+FASTPO_INLINE Vd high(Vf x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+FASTPO_INLINE double reduce_add(Vd x) {
+  const __m256d y = _mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1);
+  const __m128d z = _mm256_castpd256_pd128(y) + _mm256_extractf128_pd(y, 1);
+  return z[0] + z[1];
+}
+#elif FASTPO_SIMD_BITS == 256
+using Vd = __m256d;
+FASTPO_INLINE Vd low(Vf x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+FASTPO_INLINE Vd high(Vf x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+FASTPO_INLINE double reduce_add(Vd x) {
+  const __m128d z = _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1);
+  return z[0] + z[1];
+}
+#else
+typedef double Vd __attribute__((vector_size(16)));
+FASTPO_INLINE Vd low(Vf x) { return Vd{x[0], x[1]}; }
+FASTPO_INLINE Vd high(Vf x) { return Vd{x[2], x[3]}; }
+FASTPO_INLINE double reduce_add(Vd x) { return x[0] + x[1]; }
+#endif
+
+struct Sum {
+  Vd first = {}, second = {};
+  FASTPO_MEMBER void add(Vf x) {
+    first = first + low(x);
+    second = second + high(x);
+  }
+  FASTPO_MEMBER double total() const { return reduce_add(first + second); }
+};
 
 // The first n < W of a mask, and no more. No mask: the first n.
 FASTPO_INLINE Chosen chosen_n(const bool* mask, int n) {
@@ -58,26 +94,23 @@ FASTPO_INLINE Vf select(Vf x, const bool* mask, int size) {
   return keep(size == W ? chosen(mask) : chosen_n(mask, size), x);
 }
 
-// Sums of l - rho r (REF) and of l.
+// Sums of l - rho r (REF) and of l. Four vectors are added up in fp32, all further sums are in fp64.
 template <bool MASKED, bool REF>
 FASTPO_INLINE void add_plain(const TokenSlice& t, int64_t first, int64_t n, float ref_coef, TokenSums& sums) {
   constexpr int kUnroll = 4, kAhead = 512;
   const Vf rho = set(ref_coef);
-  Vf score[kUnroll] = {}, logps[kUnroll] = {};
-  int64_t counted = 0;
   const float *l_first = t.logps + first, *r_first = REF ? t.ref_logps + first : nullptr;
   const bool* mask = MASKED ? t.mask + first : nullptr;
-  const auto add = [&](int64_t i, int lane, int size) __attribute__((always_inline)) {
-    const Vf l = read(l_first + i, size);
-    const Vf ratio = REF ? l - rho * read(r_first + i, size) : l;
-    if (!MASKED) {  // the lanes past the end are 0 already
-      logps[lane] = logps[lane] + l;
-      if constexpr (REF) score[lane] = score[lane] + ratio;
-      return;
-    }
+  Sum logps, score;
+  int64_t counted = 0;
+  // The log-probs and ratios of `size` tokens at i, 0 where masked out or past the end.
+  const auto take = [&](int64_t i, int size, Vf& l, Vf& ratio) __attribute__((always_inline)) {
+    l = read(l_first + i, size);
+    ratio = REF ? l - rho * read(r_first + i, size) : l;
+    if (!MASKED) return;
     const Chosen c = size == W ? chosen(mask + i) : chosen_n(mask + i, size);
-    logps[lane] = logps[lane] + keep(c, l);
-    if constexpr (REF) score[lane] = score[lane] + keep(c, ratio);
+    l = keep(c, l);
+    ratio = keep(c, ratio);
     counted += count(c);
   };
   int64_t i = 0;
@@ -87,21 +120,28 @@ FASTPO_INLINE void add_plain(const TokenSlice& t, int64_t first, int64_t n, floa
       if (REF) __builtin_prefetch(r_first + i + j + kAhead);
     }
     if (MASKED) __builtin_prefetch(mask + i + kAhead);
-    for (int j = 0; j < kUnroll; ++j) add(i + j * W, j, W);
+    Vf l[kUnroll], ratio[kUnroll];
+    for (int j = 0; j < kUnroll; ++j) take(i + j * W, W, l[j], ratio[j]);
+    logps.add((l[0] + l[1]) + (l[2] + l[3]));
+    if (REF) score.add((ratio[0] + ratio[1]) + (ratio[2] + ratio[3]));
   }
-  for (; i + W <= n; i += W) add(i, 0, W);
-  if (i < n) add(i, 0, static_cast<int>(n - i));
-  const float total = reduce_add((logps[0] + logps[1]) + (logps[2] + logps[3]));
+  for (; i < n; i += W) {
+    Vf l, ratio;
+    take(i, static_cast<int>(n - i < W ? n - i : W), l, ratio);
+    logps.add(l);
+    if (REF) score.add(ratio);
+  }
+  const double total = logps.total();
   sums.logps += total;
   sums.nll += total;
-  sums.score += REF ? reduce_add((score[0] + score[1]) + (score[2] + score[3])) : total;
+  sums.score += REF ? score.total() : total;
   sums.count += MASKED ? counted : n;
 }
 
 // The same with weights, KL and so on, each present or not.
 FASTPO_INLINE void add_general(const TokenSlice& t, int64_t first, int64_t n, float ref_coef, TokenSums& sums) {
   const Vf rho = set(ref_coef);
-  Vf score = {}, logps = {}, nll = {}, linear = {};
+  Sum score, logps, nll, linear;
   int64_t counted = 0;
   for_vectors(n, [&](int64_t at, int size) __attribute__((always_inline)) {
     const int64_t i = first + at;
@@ -111,16 +151,16 @@ FASTPO_INLINE void add_general(const TokenSlice& t, int64_t first, int64_t n, fl
     if (t.ref_logps) x = x - rho * keep(c, read(t.ref_logps + i, size));
     if (t.weights) x = x * keep(c, read(t.weights + i, size));
     if (t.kl) x = x + keep(c, read(t.kl + i, size)) * keep(c, read(t.kl_weights + i, size));
-    score = score + x;
-    logps = logps + l;
-    nll = nll + (t.nll_weights ? l * keep(c, read(t.nll_weights + i, size)) : l);
-    if (t.token_coefs) linear = linear + l * keep(c, read(t.token_coefs + i, size));
+    score.add(x);
+    logps.add(l);
+    nll.add(t.nll_weights ? l * keep(c, read(t.nll_weights + i, size)) : l);
+    if (t.token_coefs) linear.add(l * keep(c, read(t.token_coefs + i, size)));
     counted += count(c);
   });
-  sums.score += reduce_add(score);
-  sums.logps += reduce_add(logps);
-  sums.nll += reduce_add(nll);
-  sums.linear += reduce_add(linear);
+  sums.score += score.total();
+  sums.logps += logps.total();
+  sums.nll += nll.total();
+  sums.linear += linear.total();
   sums.count += counted;
 }
 
@@ -172,3 +212,5 @@ static PreferenceKernels preference_kernels() {
 }
 
 }  // namespace fastpo::FASTPO_ISA
+
+#undef FASTPO_MEMBER

@@ -17,15 +17,15 @@ struct Tuples {
   const int64_t* index;  // [P, K]
   const float *weights, *margins, *params, *beta_scales;
   const int64_t* links;  // [J]
-  std::vector<float> table, nll;
+  std::vector<double> table, nll;  // [J, K+5], [K] or empty
   int64_t nll_normalizer;
-  float factor;  // of the reduction: 1 / P, or 1
+  double factor;  // of the reduction: 1 / P, or 1
 };
 
 // What the tuples need of each sequence.
 struct Sequences {
   int64_t count;
-  const Curve* mapped;  // f(S), f'(S)
+  const CurveOf<double>* mapped;  // f(S), f'(S)
   const float* nll;  // sum u l
   const int64_t* lengths;
 };
@@ -41,9 +41,9 @@ inline double batch_tokens(const Tuples& t, const int64_t* lengths) {
 }
 
 // -nll_k / N of a member whose sequence has n tokens; 0 for an empty one.
-inline float nll_factor(const Tuples& t, int64_t k, int64_t n, double batch) {
+inline double nll_factor(const Tuples& t, int64_t k, int64_t n, double batch) {
   const double size = t.nll_normalizer == kNone ? 1 : t.nll_normalizer == kBatch ? batch : static_cast<double>(n);
-  return size > 0 ? static_cast<float>(-t.nll[k] / size) : 0.f;
+  return size > 0 ? -t.nll[k] / size : 0;
 }
 
 // The loss of tuple p before the reduction. score_grads, nll_grads [K] become d loss / d S and d loss / d (sum u l).
@@ -52,15 +52,14 @@ template <int64_t MEMBERS>
 float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, float* score_grads, float* nll_grads) {
   const int64_t members = MEMBERS == 0 ? t.members : MEMBERS;
   const int64_t* own = t.index + p * members;
-  const float omega = t.weights ? t.weights[p] : 1.f;
-  const float beta_scale = t.beta_scales ? t.beta_scales[p] : 1.f;
-  float loss = 0;
+  const double omega = t.weights ? t.weights[p] : 1, beta_scale = t.beta_scales ? t.beta_scales[p] : 1;
+  double loss = 0;
   for (int64_t k = 0; k < members; ++k) score_grads[k] = 0;
   for (int64_t j = 0; j < t.terms; ++j) {
-    const float* coefs = t.table.data() + j * (members + 5);
-    const float* rest = coefs + members;
-    const float scale = rest[0] * beta_scale, margin = rest[1], margin_coef = rest[2], param = rest[3], weight = rest[4];
-    float sum = 0;
+    const double* coefs = t.table.data() + j * (members + 5);
+    const double* rest = coefs + members;
+    const double scale = rest[0] * beta_scale, margin = rest[1], margin_coef = rest[2], param = rest[3], weight = rest[4];
+    double sum = 0;
     bool here = false;
     for (int64_t k = 0; k < members; ++k) {
       if (own[k] < 0 || coefs[k] == 0) continue;
@@ -68,20 +67,21 @@ float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, f
       sum += coefs[k] * s.mapped[own[k]].value;
     }
     if (!here) continue;
-    float z = scale * sum - margin;
+    double z = scale * sum - margin;
     if (t.margins && margin_coef != 0) z -= margin_coef * t.margins[p];
-    const Curve at = link_at(static_cast<int>(t.links[j]), z, t.params ? t.params[p * t.terms + j] : param);
+    const double own_param = t.params ? t.params[p * t.terms + j] : param;
+    const CurveOf<double> at = link_at(static_cast<int>(t.links[j]), z, own_param);
     loss += weight * at.value;
-    const float slope = weight * at.slope * omega * t.factor * scale;
-    for (int64_t k = 0; k < members; ++k) score_grads[k] += slope * coefs[k];
+    const double slope = weight * at.slope * omega * t.factor * scale;
+    for (int64_t k = 0; k < members; ++k) score_grads[k] += static_cast<float>(slope * coefs[k]);
   }
-  for (int64_t k = 0; k < members; ++k) score_grads[k] *= own[k] < 0 ? 0.f : s.mapped[own[k]].slope;
+  for (int64_t k = 0; k < members; ++k) score_grads[k] *= own[k] < 0 ? 0.f : static_cast<float>(s.mapped[own[k]].slope);
   for (int64_t k = 0; k < members && !t.nll.empty(); ++k) {
-    const float nll = own[k] < 0 || t.nll[k] == 0 ? 0.f : nll_factor(t, k, s.lengths[own[k]], batch);
+    const double nll = own[k] < 0 || t.nll[k] == 0 ? 0 : nll_factor(t, k, s.lengths[own[k]], batch);
     if (nll != 0) loss += nll * s.nll[own[k]];
-    nll_grads[k] = nll * omega * t.factor;
+    nll_grads[k] = static_cast<float>(nll * omega * t.factor);
   }
-  return omega * loss;
+  return static_cast<float>(omega * loss);
 }
 
 // out[i] = what by_member [P, K] has for sequence i, added up in the order of the tuples: no result depends on threads.
