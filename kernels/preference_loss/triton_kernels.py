@@ -44,6 +44,7 @@ from .triton_tuples import BATCH, count_kernel, sequences_kernel, tuples_kernel
 SCAN = 16384  # elements of ``index`` up to which it is searched, not sorted
 TUPLES = 128  # of one program
 ENTRIES = 64  # of ``index`` that a program of a sequence looks at at once
+REGISTERS = 128  # of a thread of the sums at most: left to itself, ptxas trades a few spills for occupancy
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -129,7 +130,7 @@ def _sums(
         parts = torch.empty(num_sequences, splits, SUMS.value, dtype=torch.float64, device=device)
     sums_kernel[(num_sequences * splits,)](
         *tokens, setting.ref_coef, setting.length_power, num_tokens, splits, parts, *outputs, *places, num_entries,
-        PHI=setting.phi, BLOCK=block, num_warps=num_warps, **OPTIONS,
+        PHI=setting.phi, BLOCK=block, num_warps=num_warps, maxnreg=REGISTERS, **OPTIONS,
     )  # fmt: skip
     if parts is not None:
         lanes = triton.next_power_of_2(splits)
@@ -198,7 +199,7 @@ def _tiles(num_tokens: int, num_sequences: int, device: torch.device) -> tuple[i
     mean = triton.cdiv(num_tokens, num_sequences)
     block = min(1024, max(128, triton.next_power_of_2(mean)))
     splits = triton.cdiv(8 * _processors(device), num_sequences)
-    return block, max(1, block // 256), max(1, min(splits, mean // (2 * block), 1024))
+    return block, block // 128, max(1, min(splits, mean // (2 * block), 1024))
 
 
 @cache
@@ -231,7 +232,8 @@ def _aot(kernel: Any, label: str, num_warps: int, absent: set[str], **constexprs
     types = _TYPES | {"table": (("fp32",) * (members + 5),) * terms, "nll_coefs": ("fp32",) * members}
     constexprs |= dict.fromkeys(absent)
     signature = {name: types.get(name, "*fp32:16") for name in kernel.arg_names if name not in constexprs}
-    return AotConfig(label, kernel, signature, constexprs, num_warps)
+    limit = REGISTERS if kernel is sums_kernel else None
+    return AotConfig(label, kernel, signature, constexprs, num_warps, maxnreg=limit)
 
 
 def _aot_tuples(label: str, absent: set[str], links: tuple[int, ...], members: int, score_map: int) -> AotConfig:
@@ -240,12 +242,9 @@ def _aot_tuples(label: str, absent: set[str], links: tuple[int, ...], members: i
 
 
 AOT = [
-    *(
-        _aot(sums_kernel, f"plain, {b}", max(1, b // 256), _PLAIN_SUMS, splits=1, PHI=0, BLOCK=b)
-        for b in (128, 256, 512, 1024)
-    ),
-    _aot(sums_kernel, "everything", 4, set(), PHI=1, BLOCK=1024),
-    _aot(sums_kernel, "everything, short", 1, {"parts_ptr"}, splits=1, PHI=1, BLOCK=256),
+    *(_aot(sums_kernel, f"plain, {b}", b // 128, _PLAIN_SUMS, splits=1, PHI=0, BLOCK=b) for b in (128, 256, 512, 1024)),
+    _aot(sums_kernel, "everything", 8, set(), PHI=1, BLOCK=1024),
+    _aot(sums_kernel, "everything, short", 2, {"parts_ptr"}, splits=1, PHI=1, BLOCK=256),
     _aot(join_kernel, "", 1, set(), LANES=1024),
     _aot(count_kernel, "", 4, set(), LANES=TUPLES),
     _aot_tuples("dpo", _PLAIN_TUPLES | {"nll_slopes_ptr"}, (0,), 2, 0),
@@ -259,8 +258,8 @@ AOT = [
         )
     ),
     *(
-        _aot(backward_kernel, f"plain, {b}", max(1, b // 256), _PLAIN_GRADS, splits=1, PHI=0, BLOCK=b)
+        _aot(backward_kernel, f"plain, {b}", b // 128, _PLAIN_GRADS, splits=1, PHI=0, BLOCK=b)
         for b in (128, 256, 512, 1024)
     ),
-    _aot(backward_kernel, "everything", 4, set(), PHI=1, BLOCK=1024),
+    _aot(backward_kernel, "everything", 8, set(), PHI=1, BLOCK=1024),
 ]
