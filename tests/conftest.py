@@ -1,4 +1,4 @@
-"""For every test: uninitialised memory is poisoned with NaN, torch runs its deterministic algorithms, no hub is asked."""
+"""For every test: uninitialised memory is NaN, torch runs its deterministic algorithms, no hub is asked."""
 
 import os
 

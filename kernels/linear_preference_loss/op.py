@@ -16,8 +16,15 @@ from fastpo.kernels.linear_token_logprobs import linear_token_logprobs, parallel
 from fastpo.kernels.linear_token_logprobs.checks import check_tensors
 from fastpo.kernels.linear_token_logprobs.op import _under_autocast
 from fastpo.kernels.linear_token_logprobs.run import Inputs
-from fastpo.kernels.preference_loss.op import _tokens, _tuples
-from fastpo.kernels.preference_loss.records import Tokens, TokenSettings, Tuples, TupleSettings, token_settings
+from fastpo.kernels.preference_loss.records import (
+    Tokens,
+    TokenSettings,
+    Tuples,
+    TupleSettings,
+    token_settings,
+    tokens_of,
+    tuples_of,
+)
 from fastpo.objectives import Objective
 from fastpo.types import Pairs, PreferenceOutput, Segments
 
@@ -215,8 +222,14 @@ def linear_preference_loss(
         memory_budget,
         "",
     )
-    tokens = _tokens(like, ref_logps, replace(segments, mask=mask), like)._replace(logps=None)
-    records = (inputs, tokens, _tuples(pairs, objective, like), token_settings(objective), TupleSettings.of(objective))
+    tokens = tokens_of(like, ref_logps, replace(segments, mask=mask), like)._replace(logps=None)
+    records = (
+        inputs,
+        tokens,
+        tuples_of(pairs, objective, like),
+        token_settings(objective),
+        TupleSettings.of(objective),
+    )
     wanted = _wanted(inputs, tokens, stats, topk, label_set)
     arguments = [getattr(record, name) for record in (*records, wanted) for name in _fields(type(record))]
     outputs = dict(zip(run.OUTPUTS, _forward_op(*arguments), strict=True))
