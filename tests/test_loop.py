@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastpo import artifacts, cli, stages
 from fastpo.artifacts import read_json, read_jsonl, write_jsonl
@@ -58,6 +59,15 @@ def contents(directory):
     """Relative path -> bytes of every artefact: no leftovers are allowed, so nothing else may be there either."""
     files = (p for p in sorted(Path(directory).rglob("*")) if p.is_file())
     return {str(p.relative_to(directory)): p.read_bytes() for p in files if p.name not in WATCHED_ONLY}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices of 32 to 128 columns: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
