@@ -369,7 +369,7 @@ def train(config: Config, display: Display) -> None:
     """The whole run into ``config.output_dir``."""
     loop = Loop(config, display)
     try:
-        with onednn_matmul() if config.model == "embedded" else nullcontext():
+        with onednn_matmul() if config.data == "embedded" else nullcontext():
             loop.train()
     finally:
         loop.tracker.close()

@@ -177,7 +177,7 @@ class Run:
         path = self.model_path(iteration)
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None  # frees the old one before the new one is loaded
-            attention = embedded.ATTENTION if self.config.model == "embedded" else None
+            attention = embedded.ATTENTION if self.config.data == "embedded" else None
             model = load_model(path, self.config.dtype, attention)
             self._loaded = (path, model.to(self.accelerator.device))
         return self._loaded[1]
