@@ -1,5 +1,5 @@
-// Vectors of floats for one instruction set. Included once per instruction set by simd_targets.h, hence no include guard;
-// everything is inlined and internal, so that no code of one instruction set can be linked into another's.
+// Vectors of floats for one instruction set. simd_targets.h includes it once for each, hence no include guard; all is
+// inlined and internal, so that no code of one instruction set can be linked into another's.
 //
 //   Vf               W floats: 16 (avx512), 8 (avx2) or 4 (generic: plain vector extensions, any processor)
 //   load, store      float, bfloat16 or float16 in memory, any alignment; store rounds to nearest even, NaN stays NaN
@@ -239,7 +239,7 @@ struct Rate {
   }
 };
 
-// With u = x rate / ln 2 = i + j/K + r (K entries in a register, |r| <= 1/2K): 2^i 2^(j/K) 2^r, where 2^r - 1 is a cubic.
+// With u = x rate / ln 2 = i + j/K + r (K entries in a register, |r| <= 1/2K): 2^i 2^(j/K) 2^r; 2^r - 1 is a cubic.
 // Adding 1.5 * 2^23 / K leaves i K + j in the low bits; the product in u - (i + j/K) is exact, fused as it is.
 #if FASTPO_SIMD_BITS == 512
 

@@ -83,7 +83,7 @@ inline bool supported(Isa isa) {
   return isa == Isa::generic;
 }
 
-// The widest that this processor has; FASTPO_CPU_ISA=avx512|avx2|generic forces one, for tests, and fails where it cannot.
+// The widest that this processor has. FASTPO_CPU_ISA=avx512|avx2|generic forces one, for tests; fails where it cannot.
 inline Isa pick_isa() {
   const char* forced = std::getenv("FASTPO_CPU_ISA");
   if (forced == nullptr || *forced == '\0') {

@@ -1,5 +1,5 @@
 // token_logprobs on the CPU: implements fastpo_c::token_logprobs_forward and _backward, whose arguments
-// kernels/token_logprobs/reference.py describes. Rows, labels, threads; the vector kernels are in token_logprobs_kernel.h.
+// kernels/token_logprobs/reference.py describes. Rows, labels and threads; token_logprobs_kernel.h has the vectors.
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -253,7 +253,8 @@ struct RowBackward {
   }
 };
 
-void backward(const Input& input, const float* normalizer, const float* grad_logps, const float* coefs, const Rows& grads) {
+void backward(const Input& input, const float* normalizer, const float* grad_logps, const float* coefs,
+              const Rows& grads) {
   const int64_t n = input.count, segments = input.segments();
   const GradKernel kernel = input.kernels.grad(input.type, input.softcap != 0, coefs != nullptr);
   const auto segment_grad = [&](int64_t row, int64_t segment) {
@@ -269,7 +270,8 @@ void backward(const Input& input, const float* normalizer, const float* grad_log
     if (has_label) put(grad + label, input.type, back.at_label(input, at_label));
   };
   const std::vector<int64_t> ignored = input.rows_where(true), kept = input.rows_where(false);
-  for_each_task(static_cast<int64_t>(ignored.size()), static_cast<int64_t>(ignored.size()) * input.vocab, [&](int64_t i) {
+  const int64_t zeros = static_cast<int64_t>(ignored.size());
+  for_each_task(zeros, zeros * input.vocab, [&](int64_t i) {
     std::memset(grads[ignored[i]], 0, input.vocab * input.width);
   });
   const int64_t tasks = static_cast<int64_t>(kept.size()) * segments;

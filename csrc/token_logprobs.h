@@ -1,4 +1,4 @@
-// What the vector kernels of token_logprobs (token_logprobs_kernel.h) and the op around them (token_logprobs.cpp) share.
+// What the vector kernels of token_logprobs (token_logprobs_kernel.h) and the op around them share.
 #pragma once
 
 #include <cmath>
@@ -46,8 +46,8 @@ struct RowScale {
   double rate;  // 1 / temperature
 };
 
-// dL/dz_v = p_v (a + b log p_v + c p_v), divided by the temperature: the gradient of a row without the label's own term.
-// Without statistics dL/dz_v = a e^t, the sum of the exponentials being divided out of a.
+// dL/dz_v = p_v (a + b log p_v + c p_v) of a row, without the label's own term. a, b and c are divided by the
+// temperature; without statistics a is divided by the sum of the exponentials as well, and dL/dz_v = a e^t.
 struct RowGrad {
   float max, log_sum, inverse_sum;
   float a, b, c;

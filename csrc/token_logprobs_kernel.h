@@ -1,4 +1,4 @@
-// Vector kernels of token_logprobs over a contiguous stretch of one row. Compiled once per instruction set, see simd_targets.h.
+// Vector kernels of token_logprobs over a contiguous stretch of one row, once per instruction set (simd_targets.h).
 
 namespace fastpo::FASTPO_ISA {
 
@@ -41,8 +41,8 @@ FASTPO_INLINE float largest_of(const T* x, int64_t n) {
   return reduce_max(largest);
 }
 
-// Adds e^t of x[0:n], t = (y - reference) rate, to the sums; returns the largest x. t must not exceed 40: the caller looks
-// at what is returned. TOP also inserts what is larger than the k-th largest so far.
+// Adds e^t of x[0:n], t = (y - reference) rate, to the sums; returns the largest x, by which the caller sees whether t
+// stayed below 40. TOP also inserts what is larger than the k-th largest so far.
 template <class T, bool CAPPED, bool MOMENTS, bool TOP>
 static float add_block(const T* x, int64_t n, float reference, float softcap_value, const Rate& rate, double scale,
                        Top& top, SoftmaxSums& sums) {
@@ -102,8 +102,8 @@ static float softcap_one(float x, float softcap_value) {
 }
 
 // One read: the exponentials refer to the maximum of the first few columns. Where a block turns out to hold a logit so
-// much larger that its e^t could overflow, the block is done again with that logit as the reference. sum_t is referred to
-// a new maximum by a difference that costs as many digits as the step is large: with it the steps stay small.
+// much larger that its e^t could overflow, the block is done again with that logit as the reference. To refer sum_t to a
+// new maximum takes a difference that costs as many digits as the step is large: with it the steps stay small.
 template <class T, bool CAPPED, bool MOMENTS>
 static void softmax_sums(const void* logits, int64_t n, const RowScale& row, Top& top, SoftmaxSums& sums) {
   constexpr int64_t kGlance = 256;
