@@ -163,7 +163,7 @@ Forward forward(OptionalTensor logps, OptionalTensor ref_logps, OptionalTensor c
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int64_t num_sequences = scores ? scores->numel() : cu_seqlens->numel() - 1;
   const int64_t num_tuples = index.size(0), members = index.size(1);
-  STD_TORCH_CHECK(members <= kMaxMembers && links.size() <= kMaxTerms && table.size() <= kMaxTable,
+  STD_TORCH_CHECK(nll.size() <= kMaxMembers && links.size() <= kMaxTerms && table.size() <= kMaxTable,
                   "objective has too many members or terms for the cuda backend");
   Tuples tuples{num_tuples, num_sequences, static_cast<int>(members), static_cast<int>(links.size()), data<int64_t>(index),
                 data(tuple_weights), data(margins), data(params), data(beta_scales), scores.has_value(), !nll.empty(), mean,

@@ -1,5 +1,5 @@
-// The kernels of preference_loss.cu that go over tuples: losses and their slopes. Links and maps are fp32, as on the CPU,
-// everything around them fp64.
+// The kernels of preference_loss.cu that go over tuples: losses and their slopes. All in fp64: there is little of it, and
+// it is what every token's gradient is multiplied with.
 #pragma once
 
 #include "preference_loss_tokens.cuh"
@@ -7,7 +7,8 @@
 namespace fastpo {
 
 constexpr int kTupleThreads = 128;
-constexpr int kMaxMembers = 32, kMaxTerms = 32, kMaxTable = 512;  // of an objective; kernel arguments may be 4 KB
+// Of an objective, as op.py says; it is an argument of kernels, which may be 4 KB.
+constexpr int kMaxMembers = 32, kMaxTerms = 32, kMaxTable = 512;
 
 enum NllNormalizer { kSequence, kBatch, kNone };  // positions in objectives.NLL_NORMALIZERS
 
@@ -50,10 +51,10 @@ struct TupleOutputs {
 };
 
 // f(S) of sequence i and its slope: 0 for an empty one, NaN for one that does not exist.
-__device__ inline Curve mapped_score(const Tuples& tuples, const Sequences& sequences, int64_t i) {
+__device__ inline CurveOf<double> mapped_score(const Tuples& tuples, const Sequences& sequences, int64_t i) {
   if (!tuples.inside(i)) return {NAN, NAN};
   if (!tuples.given && sequences.lengths[i] == 0) return {0, 0};
-  return score_map_at(tuples.score_map, sequences.scores[i], tuples.score_map_coef);
+  return score_map_at<double>(tuples.score_map, sequences.scores[i], tuples.score_map_coef);
 }
 
 // Tokens of the members with an NLL, a thread per member. Sums of integers: their order does not matter.
@@ -83,14 +84,15 @@ __device__ inline void link_terms(const Tuples& tuples, const Sequences& sequenc
     for (int k = 0; k < members; ++k) {
       if (own[k] == -1 || coefs[k] == 0) continue;
       here = true;
-      sum += static_cast<double>(coefs[k]) * mapped_score(tuples, sequences, own[k]).value;
+      sum += coefs[k] * mapped_score(tuples, sequences, own[k]).value;
     }
     if (!here) continue;
     double z = scale * sum - rest[1];
     if (tuples.margins && rest[2] != 0) z -= static_cast<double>(rest[2]) * tuples.margins[p];
-    const Curve at = link_at(tuples.links[j], static_cast<float>(z), tuples.params ? tuples.params[p * tuples.terms + j] : rest[3]);
-    loss += static_cast<double>(rest[4]) * at.value;
-    const double slope = static_cast<double>(rest[4]) * at.slope * scale;
+    const float param = tuples.params ? tuples.params[p * tuples.terms + j] : rest[3];
+    const CurveOf<double> at = link_at<double>(tuples.links[j], z, param);
+    loss += rest[4] * at.value;
+    const double slope = rest[4] * at.slope * scale;
     for (int k = 0; k < members; ++k) {
       if (coefs[k] != 0) slopes[k] += slope * coefs[k];
     }
@@ -105,8 +107,8 @@ __device__ inline double nll_factor(const Tuples& tuples, const Sequences& seque
   return size > 0 ? -tuples.nll[k] / size : 0;
 }
 
-// One thread per tuple.
-__global__ __launch_bounds__(kTupleThreads) void tuples_kernel(const __grid_constant__ Tuples tuples,
+// One thread per tuple, of 128 registers at most: with fewer, fp64's functions spill.
+__global__ __launch_bounds__(kTupleThreads, 4) void tuples_kernel(const __grid_constant__ Tuples tuples,
                                                                const Sequences sequences, const TupleOutputs out) {
   const int64_t p = static_cast<int64_t>(blockIdx.x) * kTupleThreads + threadIdx.x;
   double loss = 0;

@@ -255,3 +255,18 @@ def test_twice_the_same_bits(backend, monkeypatch):
     batch = Batch(LISTED, fields=("segments.token_coefs", "pairs.weights"))
     first, second = (batch.run(torch.float32, monkeypatch, backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "terms, members, fits", [(1, 2, True), (32, 2, True), (33, 2, False), (1, 33, False), (20, 30, False)]
+)
+def test_objectives_too_large_for_cuda_go_to_triton(terms, members, fits):
+    coefs = (1.0,) * members
+    settings = TupleSettings.of(Objective("large", (Term(coefs),) * terms, nll=coefs))
+    assert (op._not_cuda(torch.float32, settings) is None) == fits
+
+
+def test_many_terms(backend, monkeypatch):
+    """As many as the CUDA kernels take."""
+    terms = tuple(Term(scale=0.01 * j, weight=1 / (j + 1), margin=0.1 * j) for j in range(32))
+    check(Batch(Objective("many", terms, nll=(1.0, 0.0))), monkeypatch, backend)

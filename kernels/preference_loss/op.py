@@ -86,14 +86,23 @@ class _Triton:
         return getattr(triton_kernels, name)
 
 
-def _not_float64(dtype: torch.dtype) -> str | None:
+def _not_float64(dtype: torch.dtype, *_: Any) -> str | None:
     return "float64 log-probs are handled in float64, in plain PyTorch" if dtype == torch.float64 else None
+
+
+def _not_cuda(dtype: torch.dtype, settings: Any = None) -> str | None:
+    """CUDA's kernels take the objective as an argument, in arrays of the sizes in csrc/preference_loss_tuples.cuh."""
+    if isinstance(settings, TupleSettings):
+        sizes = len(settings.links), len(settings.nll), len(settings.table)
+        if any(size > most for size, most in zip(sizes, (32, 32, 512), strict=True)):
+            return "the objective has too many terms or members; triton takes any number"
+    return _not_float64(dtype)
 
 
 OP = Op(
     "preference_loss",
     [
-        Backend("cuda", "cuda", lambda: extension_missing("_cuda"), _not_float64, _Compiled),
+        Backend("cuda", "cuda", lambda: extension_missing("_cuda"), _not_cuda, _Compiled),
         Backend("triton", "cuda", triton_missing, _not_float64, _Triton()),
         Backend("cpu", "cpu", lambda: extension_missing("_C"), _not_float64, _Compiled),
         Backend("torch", "any", always, always, reference),
@@ -103,7 +112,7 @@ OP = Op(
 
 def _run(name: str, like: Tensor, tokens: Tokens, index: Tensor | None, num_sequences: int, *args: Any) -> Any:
     """Calls ``name`` of a backend. Values are checked here: below compilation, and where reading them costs nothing."""
-    backend = OP.pick(like.device, like.dtype)
+    backend = OP.pick(like.device, like.dtype, args[-1])
     function = getattr(backend.impl, name)
     checks_itself = backend.name == "cpu"
     if (like.device.type == "cpu" and not checks_itself) or os.environ.get("FASTPO_DEBUG") == "1":
