@@ -1,4 +1,4 @@
-// Freshly mapped memory in pages of 2 MiB rather than 4 KiB: most of the time of a large first write goes into page faults.
+// Freshly mapped memory in pages of 2 MiB rather than 4 KiB: page faults take most of the time of a large first write.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // preference_loss on the CPU: implements fastpo_c::preference_loss_forward, sequence_scores_forward and
-// preference_loss_backward, whose arguments kernels/preference_loss/records.py describes. Sequences, tuples, threads; the
-// vector kernels are in preference_loss_kernel.h, the link functions in links.h.
+// preference_loss_backward, whose arguments kernels/preference_loss/records.py describes. Sequences and threads; tuples
+// are in preference_loss_tuples.h, the vector kernels in preference_loss_kernel.h, the link functions in links.h.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -61,10 +62,10 @@ struct Tokens {
   float ref_coef;
   double length_power;
 
-  Tokens(const OptionalTensor& logps, const OptionalTensor& ref_logps, const OptionalTensor& cu, const OptionalTensor& mask,
-         const OptionalTensor& weights, const OptionalTensor& kl, const OptionalTensor& kl_weights,
-         const OptionalTensor& nll_weights, const OptionalTensor& token_coefs, int64_t phi, double ref_coef,
-         double length_power)
+  Tokens(const OptionalTensor& logps, const OptionalTensor& ref_logps, const OptionalTensor& cu,
+         const OptionalTensor& mask, const OptionalTensor& weights, const OptionalTensor& kl,
+         const OptionalTensor& kl_weights, const OptionalTensor& nll_weights, const OptionalTensor& token_coefs,
+         int64_t phi, double ref_coef, double length_power)
       : all{data<float>(logps), data<float>(logps), data<float>(ref_logps), data<float>(weights), data<float>(kl),
             data<float>(kl_weights), data<float>(nll_weights), data<float>(token_coefs), data<bool>(mask)},
         phi(phi),
@@ -79,6 +80,9 @@ struct Tokens {
     for (int64_t i = 0; i < num_sequences; ++i) rising &= cu_seqlens[i] <= cu_seqlens[i + 1];
     STD_TORCH_CHECK(rising, "segments.cu_seqlens should rise from 0 to the number of tokens, ", num_tokens);
   }
+
+  // Whether a token's slope by its log-prob is that of its sequence.
+  bool constant_slope() const { return phi == 0 && !all.weights && !all.nll_weights && !all.token_coefs; }
 
   TokenSlice slice(int64_t start) const {
     const auto at = [start](auto* p) { return p ? p + start : nullptr; };
@@ -140,11 +144,24 @@ struct Results {
   float *rewards, *nll, *score_grads, *nll_grads;
 
   Results(const Tensor& like, int64_t s, int64_t p, int64_t k)
-      : of_loss(empty(like, {})), of_losses(empty(like, {p})), of_scores(empty(like, {s})), of_logps(empty(like, {s})),
-        of_lengths(empty(like, {s}, ScalarType::Long)), of_rewards(empty(like, {p, k})), of_nll(empty(like, {p, k})),
-        of_score_grads(empty(like, {s})), of_nll_grads(empty(like, {s})), loss(output(of_loss)), losses(output(of_losses)),
-        scores(output(of_scores)), logps(output(of_logps)), lengths(output<int64_t>(of_lengths)), rewards(output(of_rewards)),
-        nll(output(of_nll)), score_grads(output(of_score_grads)), nll_grads(output(of_nll_grads)) {}
+      : of_loss(empty(like, {})),
+        of_losses(empty(like, {p})),
+        of_scores(empty(like, {s})),
+        of_logps(empty(like, {s})),
+        of_lengths(empty(like, {s}, ScalarType::Long)),
+        of_rewards(empty(like, {p, k})),
+        of_nll(empty(like, {p, k})),
+        of_score_grads(empty(like, {s})),
+        of_nll_grads(empty(like, {s})),
+        loss(output(of_loss)),
+        losses(output(of_losses)),
+        scores(output(of_scores)),
+        logps(output(of_logps)),
+        lengths(output<int64_t>(of_lengths)),
+        rewards(output(of_rewards)),
+        nll(output(of_nll)),
+        score_grads(output(of_score_grads)),
+        nll_grads(output(of_nll_grads)) {}
 
   Forward tensors() const {
     return {of_loss, of_losses, of_scores, of_logps, of_lengths, of_rewards, of_nll, of_score_grads, of_nll_grads};
@@ -201,19 +218,20 @@ double sum_tuples(const Tuples& tuples, const Sequences& sequences, float beta, 
 }
 
 Forward preference_loss_forward(
-    OptionalTensor logps, OptionalTensor ref_logps, OptionalTensor cu_seqlens, OptionalTensor mask, OptionalTensor weights,
-    OptionalTensor kl, OptionalTensor kl_weights, OptionalTensor nll_weights, OptionalTensor token_coefs,
-    OptionalTensor scores, Tensor index, OptionalTensor tuple_weights, OptionalTensor margins, OptionalTensor params,
-    OptionalTensor beta_scales, int64_t phi, double ref_coef, double length_power, int64_t score_map, double score_map_coef,
-    std::vector<int64_t> links, std::vector<double> table, std::vector<double> nll, int64_t nll_normalizer, bool mean,
-    double beta) {
-  const Tokens tokens(logps, ref_logps, cu_seqlens, mask, weights, kl, kl_weights, nll_weights, token_coefs, phi, ref_coef, length_power);
+    OptionalTensor logps, OptionalTensor ref_logps, OptionalTensor cu_seqlens, OptionalTensor mask,
+    OptionalTensor weights, OptionalTensor kl, OptionalTensor kl_weights, OptionalTensor nll_weights,
+    OptionalTensor token_coefs, OptionalTensor scores, Tensor index, OptionalTensor tuple_weights,
+    OptionalTensor margins, OptionalTensor params, OptionalTensor beta_scales, int64_t phi, double ref_coef,
+    double length_power, int64_t score_map, double score_map_coef, std::vector<int64_t> links,
+    std::vector<double> table, std::vector<double> nll, int64_t nll_normalizer, bool mean, double beta) {
+  const Tokens tokens(logps, ref_logps, cu_seqlens, mask, weights, kl, kl_weights, nll_weights, token_coefs, phi,
+                      ref_coef, length_power);
   const int64_t num_sequences = scores ? scores->numel() : tokens.num_sequences;
   const int64_t num_tuples = index.size(0), members = index.size(1);
   const double factor = mean && num_tuples > 0 ? 1.0 / static_cast<double>(num_tuples) : 1;
-  const Tuples tuples{num_tuples, members, static_cast<int64_t>(links.size()), data<int64_t>(index), data<float>(tuple_weights),
-                      data<float>(margins), data<float>(params), data<float>(beta_scales), links.data(),
-                      table, nll, nll_normalizer, factor};
+  const Tuples tuples{num_tuples, members, static_cast<int64_t>(links.size()), data<int64_t>(index),
+                      data<float>(tuple_weights), data<float>(margins), data<float>(params), data<float>(beta_scales),
+                      links.data(), table, nll, nll_normalizer, factor};
   STD_TORCH_CHECK(index_in_range(tuples, num_sequences), "pairs.index should lie in [-1, number of sequences)");
 
   Results out(scores ? *scores : *logps, num_sequences, num_tuples, members);
@@ -236,10 +254,11 @@ Forward preference_loss_forward(
 }
 
 std::tuple<Tensor, Tensor> sequence_scores_forward(
-    OptionalTensor logps, OptionalTensor ref_logps, OptionalTensor cu_seqlens, OptionalTensor mask, OptionalTensor weights,
-    OptionalTensor kl, OptionalTensor kl_weights, OptionalTensor nll_weights, OptionalTensor token_coefs, int64_t phi,
-    double ref_coef, double length_power) {
-  const Tokens tokens(logps, ref_logps, cu_seqlens, mask, weights, kl, kl_weights, nll_weights, token_coefs, phi, ref_coef, length_power);
+    OptionalTensor logps, OptionalTensor ref_logps, OptionalTensor cu_seqlens, OptionalTensor mask,
+    OptionalTensor weights, OptionalTensor kl, OptionalTensor kl_weights, OptionalTensor nll_weights,
+    OptionalTensor token_coefs, int64_t phi, double ref_coef, double length_power) {
+  const Tokens tokens(logps, ref_logps, cu_seqlens, mask, weights, kl, kl_weights, nll_weights, token_coefs, phi,
+                      ref_coef, length_power);
   Tensor scores = empty(*logps, {tokens.num_sequences});
   Tensor lengths = empty(*logps, {tokens.num_sequences}, ScalarType::Long);
   const PreferenceKernels run = kernels();
@@ -282,11 +301,12 @@ void write_grads(const Tokens& tokens, const PreferenceKernels& run, int64_t sta
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_backward(
-    OptionalTensor grad, OptionalTensor score_grads, OptionalTensor nll_grads, OptionalTensor logps, OptionalTensor ref_logps,
-    OptionalTensor cu_seqlens, OptionalTensor mask, OptionalTensor weights, OptionalTensor kl, OptionalTensor kl_weights,
-    OptionalTensor nll_weights, OptionalTensor token_coefs, Tensor lengths, int64_t phi, double ref_coef, double length_power,
-    std::vector<bool> needs) {
-  const Tokens tokens(logps, ref_logps, cu_seqlens, mask, weights, kl, kl_weights, nll_weights, token_coefs, phi, ref_coef, length_power);
+    OptionalTensor grad, OptionalTensor score_grads, OptionalTensor nll_grads, OptionalTensor logps,
+    OptionalTensor ref_logps, OptionalTensor cu_seqlens, OptionalTensor mask, OptionalTensor weights, OptionalTensor kl,
+    OptionalTensor kl_weights, OptionalTensor nll_weights, OptionalTensor token_coefs, Tensor lengths, int64_t phi,
+    double ref_coef, double length_power, std::vector<bool> needs) {
+  const Tokens tokens(logps, ref_logps, cu_seqlens, mask, weights, kl, kl_weights, nll_weights, token_coefs, phi,
+                      ref_coef, length_power);
   const float upstream = grad ? *data<float>(grad) : 1.f;
   const float *of_scores = data<float>(score_grads), *of_nll = data<float>(nll_grads);
   const int64_t* counts = data<int64_t>(lengths);
@@ -298,8 +318,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_backw
     if (needs[g]) use_huge_pages(outputs[g], tokens.num_tokens * sizeof(float));
   }
   const PreferenceKernels run = kernels();
-  const bool only_logps = std::count(needs.begin(), needs.end(), true) == needs[kLogps];
-  const bool constant = only_logps && tokens.phi == 0 && !tokens.all.weights && !tokens.all.nll_weights && !tokens.all.token_coefs;
+  const bool only_logps = needs[kLogps] && std::count(needs.begin(), needs.end(), true) == 1;
+  const bool constant = only_logps && tokens.constant_slope();
   for_sequences(tokens, [&](int64_t i) {
     const float score = of_scores ? static_cast<float>(of_scores[i] * tokens.scale(counts[i])) * upstream : 0.f;
     const float nll = of_nll ? of_nll[i] * upstream : 0.f;

@@ -1,4 +1,4 @@
-// What the vector kernels of preference_loss (preference_loss_kernel.h) and the op around them (preference_loss.cpp) share.
+// What the vector kernels of preference_loss (preference_loss_kernel.h) and preference_loss.cpp around them share.
 #pragma once
 
 #include <cstdint>

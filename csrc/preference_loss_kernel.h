@@ -94,10 +94,12 @@ FASTPO_INLINE Vf select(Vf x, const bool* mask, int size) {
   return keep(size == W ? chosen(mask) : chosen_n(mask, size), x);
 }
 
+constexpr int kAhead = 512;  // tokens to prefetch: several streams of unlike pace, the hardware does not keep up alone
+
 // Sums of l - rho r (REF) and of l. Four vectors are added up in fp32, all further sums are in fp64.
 template <bool MASKED, bool REF>
 FASTPO_INLINE void add_plain(const TokenSlice& t, int64_t first, int64_t n, float ref_coef, TokenSums& sums) {
-  constexpr int kUnroll = 4, kAhead = 512;
+  constexpr int kUnroll = 4;
   const Vf rho = set(ref_coef);
   const float *l_first = t.logps + first, *r_first = REF ? t.ref_logps + first : nullptr;
   const bool* mask = MASKED ? t.mask + first : nullptr;
@@ -115,7 +117,7 @@ FASTPO_INLINE void add_plain(const TokenSlice& t, int64_t first, int64_t n, floa
   };
   int64_t i = 0;
   for (; i + kUnroll * W <= n; i += kUnroll * W) {
-    for (int j = 0; j < kUnroll * W; j += 16) {  // three streams of unlike pace: the hardware does not keep up alone
+    for (int j = 0; j < kUnroll * W; j += 16) {
       __builtin_prefetch(l_first + i + j + kAhead);
       if (REF) __builtin_prefetch(r_first + i + j + kAhead);
     }
@@ -145,7 +147,13 @@ FASTPO_INLINE void add_general(const TokenSlice& t, int64_t first, int64_t n, fl
   int64_t counted = 0;
   for_vectors(n, [&](int64_t at, int size) __attribute__((always_inline)) {
     const int64_t i = first + at;
-    const Chosen c = t.mask != nullptr && size == W ? chosen(t.mask + i) : chosen_n(t.mask ? t.mask + i : nullptr, size);
+    const float* streams[] = {t.logps, t.ref_logps, t.weights, t.kl, t.kl_weights, t.nll_weights, t.token_coefs};
+    for (const float* stream : streams) {
+      if (stream) __builtin_prefetch(stream + i + kAhead);
+    }
+    if (t.mask) __builtin_prefetch(t.mask + i + kAhead);
+    const bool* mask = t.mask ? t.mask + i : nullptr;
+    const Chosen c = mask && size == W ? chosen(mask) : chosen_n(mask, size);
     const Vf l = keep(c, read(t.logps + i, size));
     Vf x = keep(c, read(t.phi + i, size));
     if (t.ref_logps) x = x - rho * keep(c, read(t.ref_logps + i, size));
@@ -191,7 +199,8 @@ static void combine_tokens(const Product (&products)[3], const bool* mask, int64
   });
 }
 
-static void difference_tokens(float coef, const float* a, const float* b, float b_coef, const bool* mask, int64_t n, float* out) {
+static void difference_tokens(float coef, const float* a, const float* b, float b_coef, const bool* mask, int64_t n,
+                              float* out) {
   if (a == nullptr) return fill_tokens(0.f, nullptr, n, out);
   for_vectors(n, [&](int64_t i, int size) __attribute__((always_inline)) {
     Vf x = read(a + i, size);

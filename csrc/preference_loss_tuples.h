@@ -49,7 +49,8 @@ inline double nll_factor(const Tuples& t, int64_t k, int64_t n, double batch) {
 // The loss of tuple p before the reduction. score_grads, nll_grads [K] become d loss / d S and d loss / d (sum u l).
 // MEMBERS: how many a tuple has, where that is known when compiling; 0: t.members.
 template <int64_t MEMBERS>
-float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, float* score_grads, float* nll_grads) {
+float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, float* score_grads,
+                 float* nll_grads) {
   const int64_t members = MEMBERS == 0 ? t.members : MEMBERS;
   const int64_t* own = t.index + p * members;
   const double omega = t.weights ? t.weights[p] : 1, beta_scale = t.beta_scales ? t.beta_scales[p] : 1;
@@ -58,7 +59,8 @@ float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, f
   for (int64_t j = 0; j < t.terms; ++j) {
     const double* coefs = t.table.data() + j * (members + 5);
     const double* rest = coefs + members;
-    const double scale = rest[0] * beta_scale, margin = rest[1], margin_coef = rest[2], param = rest[3], weight = rest[4];
+    const double scale = rest[0] * beta_scale, margin = rest[1], margin_coef = rest[2];
+    const double param = rest[3], weight = rest[4];
     double sum = 0;
     bool here = false;
     for (int64_t k = 0; k < members; ++k) {
