@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "huge_pages.h"
 #include "linear_token_logprobs.h"
 #include "parallel.h"
 #define FASTPO_TARGET_INCLUDE "linear_token_logprobs_kernel.h"
@@ -23,17 +24,17 @@ using torch::stable::Tensor;
 
 struct Kernels {
   decltype(&generic::transform_row) transform;
-  decltype(&generic::exp_row_dispatch) exp;
-  decltype(&generic::gradient_line<true>) gradient_row, gradient_column;
+  decltype(&generic::exp_row_kernel) exp;
+  decltype(&generic::gradient_kernel) gradient;
   decltype(&generic::scale_row_dispatch) scale_row;
   decltype(&generic::scale_transposed_dispatch) scale_transposed;
   decltype(&generic::add_scaled_dispatch) add_scaled;
 };
 
-#define FASTPO_KERNELS(isa)                                                                                          \
-  Kernels {                                                                                                          \
-    isa::transform_row, isa::exp_row_dispatch, isa::gradient_line<true>, isa::gradient_line<false>,                  \
-        isa::scale_row_dispatch, isa::scale_transposed_dispatch, isa::add_scaled_dispatch                            \
+#define FASTPO_KERNELS(isa)                                                                                      \
+  Kernels {                                                                                                      \
+    isa::transform_row, isa::exp_row_kernel, isa::gradient_kernel, isa::scale_row_dispatch,                      \
+        isa::scale_transposed_dispatch, isa::add_scaled_dispatch                                                 \
   }
 
 Kernels kernels() {
@@ -99,6 +100,11 @@ struct Labels {
   }
 };
 
+// Memory that is about to be written for the first time, and large.
+void huge_pages_op(const Tensor tensor) {
+  use_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+}
+
 // The running maximum and sums of one row, and what they were relative to.
 struct RowSums {
   float* largest;
@@ -139,6 +145,7 @@ void forward_op(const Tensor z, const std::optional<Tensor> out, const std::opti
   const Type type = out ? type_of(*out) : Type::float32;
   const int64_t out_stride = out ? out->stride(0) : 0, element = type == Type::float32 ? 4 : 2;
   const int k = top ? static_cast<int>(top->size(1)) : 0;
+  const auto exp_row = kernel.exp(out.has_value(), type, head.softcap != 0, moments);
   for_each_task(rows, rows * width, [&](int64_t row) {
     float* y = data(z) + row * z.stride(0);
     char* e = out ? data<char>(*out) + row * out_stride * element : nullptr;
@@ -150,7 +157,7 @@ void forward_op(const Tensor z, const std::optional<Tensor> out, const std::opti
     // A row of nothing but -inf and NaN so far: any finite maximum makes 0 of the former and NaN of the latter.
     const float m = *state.largest == -std::numeric_limits<float>::infinity() ? 0 : *state.largest;
     double tile[3] = {};
-    kernel.exp(y, width, head, m, inverse, type, e, tile, moments);
+    exp_row(y, width, head, m, inverse, e, tile);
     state.add(tile);
     if (e == nullptr) return;
     where.each(row, [&](int64_t, int64_t column, bool) { std::memset(e + column * element, 0, element); });
@@ -165,12 +172,12 @@ void gradient_op(const Tensor z, const Tensor out, const std::optional<Tensor> b
   const TileHead head = tile_head(bias, logit_scale, logit_softcap);
   const TileRows of{data(inverse_temperature), data(largest), data(log_sum), data(coefs), coefs.stride(0)};
   const Labels where(starts, labels, start, width);
-  const Kernels kernel = kernels();
   const bool by_row = column_stride == 1;
+  const auto gradient = kernels().gradient(by_row, head.softcap != 0);
   const int64_t lines = by_row ? rows : width, length = by_row ? width : rows;
   for_each_task(lines, rows * width, [&](int64_t line) {
     float* const first = data(z) + line * (by_row ? row_stride : column_stride);
-    (by_row ? kernel.gradient_row : kernel.gradient_column)(first, length, head, of, line);
+    gradient(first, length, head, of, line);
   });
   for (int64_t row = 0; row < rows; ++row) where.put(row, data(values), data(z), row_stride, column_stride);
 }
@@ -219,6 +226,7 @@ void finish_op(const Tensor product, const Tensor factor, const Tensor starts, c
 }  // namespace fastpo
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo_c, CPU, m) {
+  m.impl("use_huge_pages", TORCH_BOX(&fastpo::huge_pages_op));
   m.impl("linear_tile_forward", TORCH_BOX(&fastpo::forward_op));
   m.impl("linear_tile_gradient", TORCH_BOX(&fastpo::gradient_op));
   m.impl("linear_tile_rescale", TORCH_BOX(&fastpo::rescale_op));

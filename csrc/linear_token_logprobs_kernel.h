@@ -3,32 +3,36 @@
 namespace fastpo::FASTPO_ISA {
 
 // y = softcap(scale (z + bias)) of W logits.
+template <bool CAPPED>
 struct Transform {
   Vf scale, cap, inverse_cap;
-  bool capped, plain;
   explicit Transform(const TileHead& head)
-      : scale(set(head.scale)),
-        cap(set(head.softcap)),
-        inverse_cap(set(head.softcap != 0.f ? 1.f / head.softcap : 0.f)),
-        capped(head.softcap != 0.f),
-        plain(head.softcap == 0.f && head.scale == 1.f && head.bias == nullptr) {}
+      : scale(set(head.scale)), cap(set(head.softcap)), inverse_cap(set(CAPPED ? 1.f / head.softcap : 0.f)) {}
   inline __attribute__((always_inline)) Vf operator()(Vf z, Vf bias) const {
     const Vf x = (z + bias) * scale;
-    return capped ? tanh(x * inverse_cap) * cap : x;
+    return CAPPED ? tanh(x * inverse_cap) * cap : x;
   }
-  // dy/dx from y.
-  inline __attribute__((always_inline)) Vf slope(Vf y) const {
+  // value times dy/dx, from y; dx/dz, the scale, is left to the row's factor.
+  inline __attribute__((always_inline)) Vf sloped(Vf value, Vf y) const {
+    if constexpr (!CAPPED) return value;
     const Vf t = y * inverse_cap;
-    return (set(1.f) - t) * (set(1.f) + t);
+    return value * ((set(1.f) - t) * (set(1.f) + t));
   }
 };
 
-// Calls visit(offset, count) for every vector of n elements, count < W in the last where n is no multiple.
+// Calls visit(offset, lane, count) for every vector of n elements, lane being one of four in turn, count < W in the last
+// where n is no multiple.
 template <class F>
 FASTPO_INLINE void each_vector(int64_t n, const F& visit) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) visit(i, W);
-  if (i < n) visit(i, static_cast<int>(n - i));
+  for (; i + 4 * W <= n; i += 4 * W) {
+    visit(i, 0, W);
+    visit(i + W, 1, W);
+    visit(i + 2 * W, 2, W);
+    visit(i + 3 * W, 3, W);
+  }
+  for (; i + W <= n; i += W) visit(i, 0, W);
+  if (i < n) visit(i, 0, static_cast<int>(n - i));
 }
 
 template <class T>
@@ -55,33 +59,47 @@ static void insert_largest(float* top, int k, Vf y) {
   }
 }
 
-// Makes y of z [n] in place and returns the largest, NaN passed over.
-static float transform_row(float* z, int64_t n, const TileHead& head, float* top, int k) {
-  const Transform transform(head);
-  Vf largest[4];
-  for (Vf& part : largest) part = set(-__builtin_inff());
-  each_vector(n, [&](int64_t i, int count) __attribute__((always_inline)) {
-    Vf y = load_some(z + i, count, -__builtin_inff());
-    if (!transform.plain) {
-      y = transform(y, head.bias == nullptr ? set(0.f) : load_some(head.bias + i, count, 0.f));
-      store_some(z + i, y, count);
-      if (count < W) y = load_n(z + i, count, -__builtin_inff());
-    }
-    largest[i / W % 4] = max(y, largest[i / W % 4]);
-    if (k > 0 && greater(y, set(top[k - 1])) != 0) insert_largest(top, k, y);
+// Makes y of z [n] in place.
+template <bool CAPPED>
+static void transform_with(float* z, int64_t n, const TileHead& head) {
+  const Transform<CAPPED> transform(head);
+  each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
+    const Vf bias = head.bias == nullptr ? set(0.f) : load_some(head.bias + i, count, 0.f);
+    store_some(z + i, transform(load_some(z + i, count, 0.f), bias), count);
   });
-  return reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
-// Adds the sums of e^t over y [n], t = (y - m) inverse_temperature, and writes e^t dy/dx to out unless that is null.
-template <class T, bool MOMENTS>
-FASTPO_INLINE void exp_row(const float* y, int64_t n, const TileHead& head, float m, float inverse_temperature, T* out,
-                           double* sums) {
-  const Transform transform(head);
+// The same, where there is anything to do, and the largest y, NaN passed over. top: the k largest so far, updated.
+static float transform_row(float* z, int64_t n, const TileHead& head, float* top, int k) {
+  if (head.softcap != 0.f) {
+    transform_with<true>(z, n, head);
+  } else if (head.scale != 1.f || head.bias != nullptr) {
+    transform_with<false>(z, n, head);
+  }
+  Vf largest[4];
+  for (Vf& part : largest) part = set(-__builtin_inff());
+  each_vector(n, [&](int64_t i, int lane, int count) __attribute__((always_inline)) {
+    largest[lane] = max(load_some(z + i, count, -__builtin_inff()), largest[lane]);
+  });
+  const float highest = reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+  if (k > 0 && highest > top[k - 1]) {
+    each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
+      const Vf y = load_some(z + i, count, -__builtin_inff());
+      if (greater(y, set(top[k - 1])) != 0) insert_largest(top, k, y);
+    });
+  }
+  return highest;
+}
+
+// Adds the sums of e^t over y [n], t = (y - m) inverse_temperature, and writes e^t dy/dx to out if there is one.
+template <class T, bool CAPPED, bool MOMENTS, bool OUT>
+static void exp_row(const float* y, int64_t n, const TileHead& head, float m, float inverse_temperature, void* out,
+                    double* sums) {
+  const Transform<CAPPED> transform(head);
   const Vf largest = set(m), scale = set(inverse_temperature);
+  T* const typed = static_cast<T*>(out);
   Vf sum[4] = {}, sum_t[4] = {}, sum_squares[4] = {};
-  each_vector(n, [&](int64_t i, int count) __attribute__((always_inline)) {
-    const int lane = static_cast<int>(i / W % 4);
+  each_vector(n, [&](int64_t i, int lane, int count) __attribute__((always_inline)) {
     const Vf value = load_some(y + i, count, 0.f);
     const Vf t = max(set(-104.f), (value - largest) * scale);  // e^-104 is 0; t stays finite for t e^t
     Vf e = exp(t);
@@ -91,7 +109,7 @@ FASTPO_INLINE void exp_row(const float* y, int64_t n, const TileHead& head, floa
       sum_t[lane] = fma(t, e, sum_t[lane]);
       sum_squares[lane] = fma(e, e, sum_squares[lane]);
     }
-    if (out != nullptr) store_some(out + i, transform.capped ? e * transform.slope(value) : e, count);
+    if constexpr (OUT) store_some(typed + i, transform.sloped(e, value), count);
   });
   sums[0] += reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
   if constexpr (MOMENTS) {
@@ -100,33 +118,30 @@ FASTPO_INLINE void exp_row(const float* y, int64_t n, const TileHead& head, floa
   }
 }
 
+using ExpRow = void (*)(const float*, int64_t, const TileHead&, float, float, void*, double*);
+
 template <class T>
-static void exp_row_of(const float* y, int64_t n, const TileHead& head, float m, float inverse_temperature, void* out,
-                       double* sums, bool moments) {
-  T* typed = static_cast<T*>(out);
-  if (moments) {
-    exp_row<T, true>(y, n, head, m, inverse_temperature, typed, sums);
-  } else {
-    exp_row<T, false>(y, n, head, m, inverse_temperature, typed, sums);
-  }
+static ExpRow exp_row_of(bool capped, bool moments) {
+  if (capped) return moments ? exp_row<T, true, true, true> : exp_row<T, true, false, true>;
+  return moments ? exp_row<T, false, true, true> : exp_row<T, false, false, true>;
 }
 
-static void exp_row_dispatch(const float* y, int64_t n, const TileHead& head, float m, float inverse_temperature, Type type,
-                             void* out, double* sums, bool moments) {
-  if (type == Type::float32) exp_row_of<float>(y, n, head, m, inverse_temperature, out, sums, moments);
-  if (type == Type::bfloat16) exp_row_of<BFloat16>(y, n, head, m, inverse_temperature, out, sums, moments);
-  if (type == Type::float16) exp_row_of<Half>(y, n, head, m, inverse_temperature, out, sums, moments);
+// out: whether there is something to write, of this type.
+static ExpRow exp_row_kernel(bool out, Type type, bool capped, bool moments) {
+  if (!out) return moments ? exp_row<float, false, true, false> : exp_row<float, false, false, false>;
+  if (type == Type::bfloat16) return exp_row_of<BFloat16>(capped, moments);
+  return type == Type::float16 ? exp_row_of<Half>(capped, moments) : exp_row_of<float>(capped, moments);
 }
 
-// dL/dz in place of z [n]. Along a row (BY_ROW) bias changes from element to element and the row's numbers do not; along a
-// column of the tile it is the other way round.
-template <bool BY_ROW>
+// dL/dz in place of z [n]. Along a row (BY_ROW) the bias changes from element to element and the row's numbers do not;
+// along a column of the tile it is the other way round.
+template <bool BY_ROW, bool CAPPED>
 static void gradient_line(float* z, int64_t n, const TileHead& head, const TileRows& rows, int64_t at) {
-  const Transform transform(head);
+  const Transform<CAPPED> transform(head);
   const auto of_row = [&](const float* column, int64_t i, int count) __attribute__((always_inline)) {
     return BY_ROW ? set(column[at]) : load_some(column + i, count, 0.f);
   };
-  each_vector(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+  each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
     Vf bias = set(0.f);
     if (head.bias != nullptr) bias = BY_ROW ? load_some(head.bias + i, count, 0.f) : set(head.bias[at]);
     const Vf y = transform(load_some(z + i, count, 0.f), bias);
@@ -134,12 +149,17 @@ static void gradient_line(float* z, int64_t n, const TileHead& head, const TileR
     // t stays finite for p t.
     const Vf t = max(set(-1e4f), (y - of_row(rows.largest, i, count)) * inverse_temperature);
     const Vf p = exp(t - of_row(rows.log_sum, i, count));
-    Vf slope = inverse_temperature * transform.scale;
-    if (transform.capped) slope = slope * transform.slope(y);
     const Vf b = of_row(rows.coefs + rows.stride, i, count), c = of_row(rows.coefs + 2 * rows.stride, i, count);
     const Vf polynomial = fma(c, p, fma(b, t, of_row(rows.coefs, i, count)));
-    store_some(z + i, slope * p * polynomial, count);
+    store_some(z + i, transform.sloped(inverse_temperature * transform.scale * p * polynomial, y), count);
   });
+}
+
+using GradientLine = void (*)(float*, int64_t, const TileHead&, const TileRows&, int64_t);
+
+static GradientLine gradient_kernel(bool by_row, bool capped) {
+  if (by_row) return capped ? gradient_line<true, true> : gradient_line<true, false>;
+  return capped ? gradient_line<false, true> : gradient_line<false, false>;
 }
 
 // out = factor e, along a row.
@@ -147,29 +167,69 @@ template <class T>
 static void scale_row(const void* e, int64_t n, float factor, float* out) {
   const T* typed = static_cast<const T*>(e);
   const Vf times = set(factor);
-  each_vector(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+  each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
     store_some(out + i, load_some(typed + i, count, 0.f) * times, count);
   });
 }
 
-// The same for BLOCK rows at once into the columns of out: out[j * out_stride + i] = factor[i] e[i * stride + j].
+// x[i] becomes lane i of the vectors: a W x W transposition.
+#if FASTPO_SIMD_BITS == 512
+FASTPO_INLINE Vf low_pairs(Vf a, Vf b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+FASTPO_INLINE Vf high_pairs(Vf a, Vf b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+FASTPO_INLINE void transpose(Vf (&x)[W]) {
+  Vf t[W];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = low_pairs(t[i], t[i + 2]);
+    x[i + 1] = high_pairs(t[i], t[i + 2]);
+    x[i + 2] = low_pairs(t[i + 1], t[i + 3]);
+    x[i + 3] = high_pairs(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Vf even = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88), even2 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
+    const Vf odd = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd), odd2 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_f32x4(even, even2, 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    t[i + 8] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    t[i + 12] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) x[i] = t[i];
+}
+#else
+FASTPO_INLINE void transpose(Vf (&x)[W]) {
+  float lanes[W][W];
+  for (int i = 0; i < W; ++i) store(lanes[i], x[i]);
+  for (int i = 0; i < W; ++i) {
+    float column[W];
+    for (int j = 0; j < W; ++j) column[j] = lanes[j][i];
+    x[i] = load(column);
+  }
+}
+#endif
+
+// The same for some rows at once into the columns of out: out[j * out_stride + i] = factor[i] e[i * stride + j].
 template <class T>
 static void scale_transposed(const void* e, int64_t stride, int64_t rows, int64_t n, const float* factor, float* out,
                              int64_t out_stride) {
-  constexpr int64_t kBlock = 16;
   const T* typed = static_cast<const T*>(e);
-  for (int64_t j = 0; j < n; j += kBlock) {
-    const int64_t width = n - j < kBlock ? n - j : kBlock;
-    float block[kBlock][kBlock] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      const Vf times = set(factor[i]);
-      for (int64_t v = 0; v < width; v += W) {
-        const int count = static_cast<int>(width - v < W ? width - v : W);
-        store(&block[i][v], load_some(typed + i * stride + j + v, count, 0.f) * times);
+  for (int64_t first = 0; first < rows; first += W) {
+    const int count = static_cast<int>(rows - first < W ? rows - first : W);
+    for (int64_t j = 0; j < n; j += W) {
+      const int width = static_cast<int>(n - j < W ? n - j : W);
+      Vf block[W];
+      for (int i = 0; i < count; ++i) {
+        block[i] = load_some(typed + (first + i) * stride + j, width, 0.f) * set(factor[first + i]);
       }
-    }
-    for (int64_t v = 0; v < width; ++v) {
-      for (int64_t i = 0; i < rows; ++i) out[(j + v) * out_stride + i] = block[i][v];
+      for (int i = count; i < W; ++i) block[i] = set(0.f);
+      transpose(block);
+      for (int v = 0; v < width; ++v) store_some(out + (j + v) * out_stride + first, block[v], count);
     }
   }
 }
@@ -192,7 +252,7 @@ template <class T>
 static void add_scaled(const void* w, int64_t n, float value, float* out) {
   const T* typed = static_cast<const T*>(w);
   const Vf times = set(value);
-  each_vector(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+  each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
     store_some(out + i, fma(load_some(typed + i, count, 0.f), times, load_some(out + i, count, 0.f)), count);
   });
 }

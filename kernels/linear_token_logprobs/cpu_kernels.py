@@ -1,6 +1,9 @@
 """The tile functions of reference.py in C++ (csrc/linear_token_logprobs.cpp): schemas, and their calls."""
 
 import torch
+from torch import Tensor
+
+from fastpo.dispatch import extension_missing
 
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
 _library.define(
@@ -21,7 +24,15 @@ _library.define(
     "linear_tile_finish(Tensor product, Tensor factor, Tensor starts, Tensor labels, Tensor weight, Tensor values, "
     "Tensor(a!) out) -> ()"
 )
+_library.define("use_huge_pages(Tensor tensor) -> ()")
 forward = torch.ops.fastpo_c.linear_tile_forward
 gradient = torch.ops.fastpo_c.linear_tile_gradient
 rescale = torch.ops.fastpo_c.linear_tile_rescale
 finish = torch.ops.fastpo_c.linear_tile_finish
+
+
+def large(tensor: Tensor) -> Tensor:
+    """``tensor``, uninitialised, whose first write will go to pages of 2 MiB where the C++ is built and Linux has them."""
+    if tensor.device.type == "cpu" and extension_missing("_C") is None:
+        torch.ops.fastpo_c.use_huge_pages(tensor)
+    return tensor

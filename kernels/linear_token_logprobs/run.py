@@ -8,6 +8,7 @@ from torch import Tensor
 from fastpo.dispatch import Op
 from fastpo.kernels.linear_token_logprobs import engine, gemm, parallel, statistics
 from fastpo.kernels.linear_token_logprobs.checks import check_values
+from fastpo.kernels.linear_token_logprobs.cpu_kernels import large
 from fastpo.kernels.linear_token_logprobs.engine import Batch, Gradients, Head, Slopes, State
 from fastpo.kernels.linear_token_logprobs.entries import Entries, entries
 from fastpo.kernels.linear_token_logprobs.planning import Plan, plan
@@ -85,7 +86,7 @@ def allocate(inputs: Inputs, stats: str, hidden_grad: bool, head_grad: bool) -> 
     }
     wide = gemm.wide(inputs.hidden.dtype)
     types = {"kept": inputs.weight.dtype}
-    return {name: inputs.hidden.new_empty(shapes[name], dtype=types.get(name, wide)) for name in OUTPUTS}
+    return {name: large(inputs.hidden.new_empty(shapes[name], dtype=types.get(name, wide))) for name in OUTPUTS}
 
 
 def _zero_rest(outputs: dict[str, Tensor], found: Entries) -> None:
@@ -154,7 +155,7 @@ def empty_gradients(inputs: Inputs, wanted: list[bool]) -> list[Tensor]:
     """For hidden, weight, bias, lora_a, lora_b: contiguous and uninitialised, [0] where it is not wanted."""
     tensors = (inputs.hidden, inputs.weight, inputs.bias, inputs.lora_a, inputs.lora_b)
     return [
-        inputs.hidden.new_empty(like.shape if want and like is not None else 0)
+        large(inputs.hidden.new_empty(like.shape if want and like is not None else 0))
         for like, want in zip(tensors, wanted, strict=True)
     ]
 
