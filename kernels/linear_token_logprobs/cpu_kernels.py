@@ -32,7 +32,7 @@ finish = torch.ops.fastpo_c.linear_tile_finish
 
 
 def large(tensor: Tensor) -> Tensor:
-    """``tensor``, uninitialised, whose first write will go to pages of 2 MiB where the C++ is built and Linux has them."""
+    """``tensor``, uninitialised; its first write goes to pages of 2 MiB where Linux has them and the C++ is built."""
     if tensor.device.type == "cpu" and extension_missing("_C") is None:
         torch.ops.fastpo_c.use_huge_pages(tensor)
     return tensor

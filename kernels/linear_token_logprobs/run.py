@@ -86,7 +86,7 @@ def allocate(inputs: Inputs, stats: str, hidden_grad: bool, head_grad: bool) -> 
     }
     wide = gemm.wide(inputs.hidden.dtype)
     types = {"kept": inputs.weight.dtype}
-    return {name: large(inputs.hidden.new_empty(shapes[name], dtype=types.get(name, wide))) for name in OUTPUTS}
+    return {name: inputs.hidden.new_empty(shapes[name], dtype=types.get(name, wide)) for name in OUTPUTS}
 
 
 def _zero_rest(outputs: dict[str, Tensor], found: Entries) -> None:
@@ -123,7 +123,7 @@ def forward(
     offset, vocab_size = parallel.vocab_range(inputs.weight.shape[0], inputs.weight.device, group)
     values = (inputs.labels, inputs.rows, inputs.temperatures, label_set)
     check_values(*values, inputs.hidden.shape[0], vocab_size, inputs.ignore_index)
-    outputs = allocate(inputs, stats, hidden_grad, head_grad)
+    outputs = {name: large(tensor) for name, tensor in allocate(inputs, stats, hidden_grad, head_grad).items()}
     wanted = [name for name in STATS if name in stats.split(",")]
     found = inputs.entries(offset)
     _zero_rest(outputs, found)
@@ -155,7 +155,7 @@ def empty_gradients(inputs: Inputs, wanted: list[bool]) -> list[Tensor]:
     """For hidden, weight, bias, lora_a, lora_b: contiguous and uninitialised, [0] where it is not wanted."""
     tensors = (inputs.hidden, inputs.weight, inputs.bias, inputs.lora_a, inputs.lora_b)
     return [
-        large(inputs.hidden.new_empty(like.shape if want and like is not None else 0))
+        inputs.hidden.new_empty(like.shape if want and like is not None else 0)
         for like, want in zip(tensors, wanted, strict=True)
     ]
 
@@ -169,7 +169,7 @@ def backward(
     """
     group = parallel.resolve(inputs.group)
     offset, _ = parallel.vocab_range(inputs.weight.shape[0], inputs.weight.device, group)
-    grads = empty_gradients(inputs, wanted)
+    grads = [large(grad) for grad in empty_gradients(inputs, wanted)]
     found = inputs.entries(offset)
     if found.num_rows == 0:
         return [grad.zero_() for grad in grads]
