@@ -1,17 +1,22 @@
 """The training stages: the gradient of the whole batch's mean however it is split; exact resume of a killed stage."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_models import EOS, build, random_tokens
 
 from fastpo import objectives
 from fastpo.errors import FastpoError
-from fastpo.models import ResponseScorer, response_logps
+from fastpo.models import ResponseScorer, load_model, response_logps
 from fastpo.pairs import PairRecord
 from fastpo.tasks import PreferenceTask
 from fastpo.training import TrainConfig, _accumulate_gradients, train_preference, train_sft
@@ -184,6 +189,55 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, run):
 def test_training_twice_gives_the_same_bits(tmp_path):
     one, two = run_preference(tmp_path / "a"), run_preference(tmp_path / "b")
     assert one[1] == two[1] and largest_difference(one[0], two[0]) == 0.0
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """DDP: same weights as one process. FSDP2: same gradients. Responses scored in shares: same log-probs."""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder.parent), str(folder)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run(
+        [*command, str(folder / "two_processes.py"), str(tmp_path)], env=environment, check=True, timeout=240
+    )
+
+    model = build()
+    arguments = {"objective": objectives.irpo(), "accelerator": Accelerator(cpu=True), "log": lambda record: None}
+    train_preference(model, pairs(9), reference(pairs(9)), config=settings(), output_dir=tmp_path / "one", **arguments)
+    assert largest_difference(load_model(tmp_path / "ddp"), model) < 1e-5
+
+    found = torch.load(tmp_path / "fsdp2.pt")
+    whole = build()
+    task = PreferenceTask(pairs(10), reference(pairs(10)), objectives.irpo())
+    loss, _ = task.loss(ResponseScorer(whole), range(10), range(10), torch.device("cpu"))
+    (loss / 10).backward()
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-5)
+    expected, _ = response_logps(build(), [(p.prompt_ids, p.chosen_ids) for p in pairs(9)])
+    torch.testing.assert_close(found["logps"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_mixed_precision_the_reference_is_the_policy_at_the_start(tmp_path):
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        responses = {p.chosen_key: (p.prompt_ids, p.chosen_ids) for p in pairs()}
+        responses |= {p.rejected_key: (p.prompt_ids, p.rejected_ids) for p in pairs()}
+        logps, offsets = response_logps(build(), list(responses.values()), accelerator=accelerator)
+        ref_logps = {key: logps[offsets[i] : offsets[i + 1]] for i, key in enumerate(responses)}
+        arguments = {"objective": objectives.irpo(), "accelerator": accelerator, "log": lambda record: None}
+        model = build()
+        records = train_preference(
+            model, pairs(), ref_logps, config=settings(num_epochs=4), output_dir=tmp_path, **arguments
+        )
+    finally:
+        AcceleratorState._reset_state()
+    assert abs(records[0]["rewards_chosen"]) < 1e-3 and abs(records[0]["rewards_rejected"]) < 1e-3
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
