@@ -3,7 +3,7 @@
     python benchmarks/embedded_task.py [--seeds 0 1 2] [--runs runs/embedded_task] [--arms irpo dpo ...]
 
 All arms of a seed start from one warm start. irpo is ``fastpo demo``; dpo has no NLL term; irpo_hot and dpo_hot are the
-two at seven times the learning rate, where the NLL term matters; scpo takes its pairs from votes, without answers.
+two at four times the learning rate, where the NLL term matters; scpo takes its pairs from votes, without answers.
 more_sft makes the warm start longer by as many steps as the iterations of irpo cost, counted in tokens through the
 model (a training token counts as three sampled or scored ones). Runs are resumed, finished ones are read. Writes
 benchmarks/results/embedded_task.csv, one row per model, and prints a table.
@@ -15,6 +15,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from fastpo.artifacts import read_json, read_jsonl
 from fastpo.config import Config
@@ -28,7 +30,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "dpo": {"objective": "dpo", "alpha": None},
     "irpo_hot": {"learning_rate": 2e-4},
     "dpo_hot": {"objective": "dpo", "alpha": None, "learning_rate": 2e-4},
-    "scpo": {"objective": "scpo", "pair_rule": "scpo", "beta": None},
+    "scpo": {
+        "objective": "scpo",
+        "pair_rule": "scpo",
+        "beta": None,
+        "vote_threshold": [0.5],
+        "learning_rate": 2e-4,
+    },
 }
 FROM_EVALUATION = ("accuracy", "worked", "pairs_logps_per_token_chosen_before", "pairs_logps_per_token_chosen")
 FROM_METRICS = ("sample_accuracy", "pairs")
@@ -137,6 +145,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, "more_sft"], default=[*ARMS, "more_sft"])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "embedded_task")
     arguments = parser.parse_args()
+    disable_progress_bar()
     rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         for arm in dict.fromkeys(("irpo", *arguments.arms)):  # the others start from irpo's warm start
