@@ -35,6 +35,13 @@ def test_samples_do_not_depend_on_the_batch_size():
     assert runs[0] != generate(model, prompts(), num_samples=5, seed=4, **COMMON)
 
 
+def test_random_numbers_belong_to_the_position_in_the_call():
+    """Equal prompts draw differently; what stands at the other positions does not matter."""
+    first, second = generate(build(), [prompts()[0]] * 2, num_samples=5, seed=3, **COMMON)
+    assert first != second
+    assert second == generate(build(), [prompts()[5], prompts()[0]], num_samples=5, seed=3, **COMMON)[1]
+
+
 def test_responses_end_with_their_only_end_of_sequence_or_at_the_limit():
     found = generate(build(), prompts(), num_samples=8, seed=0, **COMMON)
     for response in (response for responses in found for response in responses):
