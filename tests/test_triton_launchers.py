@@ -94,6 +94,32 @@ for n, inner in ((17, 1), (32, 1), (9, 5), (1000, 1)):
 print(before, len(compiled) - before)
 """
 
+LINEAR_TOKEN_LOGPROBS = """
+from fastpo.kernels.linear_token_logprobs import triton_kernels
+
+def step(rows, width=8192, dtype=torch.bfloat16, hidden=4096, bias=None, softcap=0.0, top=0, start=0, moments=False):
+    z, row = torch.empty(rows, width), torch.empty(rows)
+    starts, labels, values = torch.arange(rows + 1), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    first = (bias, row, starts, labels, start, 1.5, softcap, row)
+    top = torch.empty(rows, top) if top else None
+    sums = torch.empty(3, rows, dtype=torch.float64)
+    for out in (z.to(dtype), None):
+        triton_kernels.forward(z, out, *first, sums, row, values, top, moments)
+    triton_kernels.gradient(z, z.to(dtype), *first, row, torch.empty(3, rows), values)
+    triton_kernels.rescale(z.to(dtype), z.to(dtype), row, starts, labels, start, values)
+    weight = torch.empty(8, hidden, dtype=dtype)
+    triton_kernels.finish(torch.empty(rows, hidden), row, starts, labels, weight, values, torch.empty(rows, hidden))
+
+step(32)
+step(32, 257, torch.float32, 100, torch.empty(257), 30.0, 5, 512, True)
+before = len(compiled)
+for rows in (17, 64, 1000):
+    for start in (0, 8192, 24576):
+        step(rows, start=start)
+    step(rows, 257, torch.float32, 100, torch.empty(257), 20.0, 16, 1024, True)
+print(before, len(compiled) - before)
+"""
+
 
 def launch(script: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
@@ -116,4 +142,12 @@ def test_token_logprobs_compiles_for_any_batch_once():
     """Forward, join and backward with all arguments and with none; then no number of rows compiles anything."""
     kinds, more = map(int, launch(TOKEN_LOGPROBS).split())
     assert kinds >= 12
+    assert more == 0
+
+
+@pytest.mark.skipif(triton_missing() == "triton is not installed", reason="triton is not installed")
+def test_linear_token_logprobs_compiles_for_any_batch_once():
+    """All tile functions with all arguments and with none; then no number of rows and no tile compiles anything."""
+    kinds, more = map(int, launch(LINEAR_TOKEN_LOGPROBS).split())
+    assert kinds >= 10
     assert more == 0

@@ -158,7 +158,7 @@ def _gemms(case: Case) -> float:
 def ceiling(case: Case) -> tuple[Callable[[Inputs], Any], int]:
     """The GEMMs that the mode needs at least, on tiles whose operands are at hand, and their operations."""
     least = {"no gradient": 1, "frozen head": 2, "trained head": 3}[case.mode]
-    rows, width = 2048, 2048
+    rows, width = 2048, 1024
 
     def run(inputs: Inputs) -> None:
         x = inputs.hidden.detach()[: min(rows, case.trained_tokens)].contiguous()

@@ -7,7 +7,7 @@ import torch
 DEFAULT_BUDGET = 2**30  # bytes, besides the state that grows with the rows
 # Rows x vocabulary entries of a tile: large enough for the GEMM library's full rate; on a CPU the tile also stays in
 # the last-level cache between the GEMMs.
-_LARGEST_TILE = {"cpu": (2048, 2048), "cuda": (8192, 8192)}
+_LARGEST_TILE = {"cpu": (2048, 1024), "cuda": (8192, 8192)}
 _SMALLEST_VOCAB = 128
 
 

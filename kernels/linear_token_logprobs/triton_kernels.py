@@ -29,7 +29,7 @@ def _transformed(z, bias_ptr, cols, inside, logit_scale, softcap):
     return tl.where(inside, softcapped(z * logit_scale, softcap), -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "sums_stride", "topk"])
 def _forward_kernel(
     z_ptr,  # [R, v] fp32
     z_stride,
@@ -110,7 +110,7 @@ def _with_labels(d, row, cols, width, starts_ptr, labels_ptr, values_ptr, start)
     return d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "coefs_stride"])
 def _gradient_kernel(
     z_ptr,  # [R, v] fp32
     z_stride,
@@ -148,7 +148,7 @@ def _gradient_kernel(
     tl.store(out_ptr + row * out_stride + cols, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _rescale_kernel(
     kept_ptr,  # [R, v]
     kept_stride,
@@ -263,11 +263,11 @@ def finish(
 
 _TYPES = {
     "z_ptr": "*fp32:16", "z_stride": "i32:16", "out_stride": "i32:16", "bias_ptr": "*fp32:16", "starts_ptr": "*i64:16",
-    "inverse_temperature_ptr": "*fp32:16", "labels_ptr": "*i64:16", "start": "i32:16", "width": "i32:16",
+    "inverse_temperature_ptr": "*fp32:16", "labels_ptr": "*i64:16", "start": "i32", "width": "i32:16",
     "logit_scale": "fp32", "softcap": "fp32", "largest_ptr": "*fp32:16", "sums_ptr": "*fp64:16",
-    "sums_stride": "i32:16",
+    "sums_stride": "i32",
     "decay_ptr": "*fp32:16", "picked_ptr": "*fp32:16", "top_ptr": "*fp32:16", "topk": "i32", "log_sum_ptr": "*fp32:16",
-    "coefs_ptr": "*fp32:16", "coefs_stride": "i32:16", "values_ptr": "*fp32:16", "kept_stride": "i32:16",
+    "coefs_ptr": "*fp32:16", "coefs_stride": "i32", "values_ptr": "*fp32:16", "kept_stride": "i32:16",
     "factor_ptr": "*fp32:16", "product_ptr": "*fp32:16", "product_stride": "i32:16", "weight_stride": "i32:16",
     "vocab": "i32:16", "size": "i32:16",
 }  # fmt: skip
