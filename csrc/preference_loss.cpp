@@ -191,12 +191,12 @@ double sum_sequences(const Tokens& tokens, int64_t num_sequences, const F& finis
 double sum_tuples(const Tuples& tuples, const Sequences& sequences, float beta, const Results& out) {
   const double batch = batch_tokens(tuples, sequences.lengths);
   const int64_t elements = tuples.count * tuples.members;
-  std::vector<float> score_grads(elements), nll_grads(tuples.nll.empty() ? 0 : elements);
+  std::vector<double> score_grads(elements), nll_grads(tuples.nll.empty() ? 0 : elements);
   const auto loss_of = tuples.members == 2 ? tuple_loss<2> : tuple_loss<0>;
   for_each_task((tuples.count + kTaskTuples - 1) / kTaskTuples, elements * kTupleWork, [&](int64_t task) {
     for (int64_t p = task * kTaskTuples; p < std::min(tuples.count, (task + 1) * kTaskTuples); ++p) {
       const int64_t first = p * tuples.members;
-      float* own_nll_grads = nll_grads.empty() ? nullptr : &nll_grads[first];
+      double* own_nll_grads = nll_grads.empty() ? nullptr : &nll_grads[first];
       out.losses[p] = loss_of(tuples, sequences, p, batch, &score_grads[first], own_nll_grads);
       for (int64_t at = first; at < first + tuples.members; ++at) {
         const int64_t i = tuples.index[at];

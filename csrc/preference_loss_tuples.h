@@ -1,7 +1,6 @@
 // The tuples of preference_loss on the CPU: link terms, NLL terms, and their slopes in each sequence's sums.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -49,8 +48,8 @@ inline double nll_factor(const Tuples& t, int64_t k, int64_t n, double batch) {
 // The loss of tuple p before the reduction. score_grads, nll_grads [K] become d loss / d S and d loss / d (sum u l).
 // MEMBERS: how many a tuple has, where that is known when compiling; 0: t.members.
 template <int64_t MEMBERS>
-float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, float* score_grads,
-                 float* nll_grads) {
+float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, double* score_grads,
+                 double* nll_grads) {
   const int64_t members = MEMBERS == 0 ? t.members : MEMBERS;
   const int64_t* own = t.index + p * members;
   const double omega = t.weights ? t.weights[p] : 1, beta_scale = t.beta_scales ? t.beta_scales[p] : 1;
@@ -75,23 +74,24 @@ float tuple_loss(const Tuples& t, const Sequences& s, int64_t p, double batch, f
     const CurveOf<double> at = link_at(static_cast<int>(t.links[j]), z, own_param);
     loss += weight * at.value;
     const double slope = weight * at.slope * omega * t.factor * scale;
-    for (int64_t k = 0; k < members; ++k) score_grads[k] += static_cast<float>(slope * coefs[k]);
+    for (int64_t k = 0; k < members; ++k) score_grads[k] += slope * coefs[k];
   }
-  for (int64_t k = 0; k < members; ++k) score_grads[k] *= own[k] < 0 ? 0.f : static_cast<float>(s.mapped[own[k]].slope);
+  for (int64_t k = 0; k < members; ++k) score_grads[k] *= own[k] < 0 ? 0 : s.mapped[own[k]].slope;
   for (int64_t k = 0; k < members && !t.nll.empty(); ++k) {
     const double nll = own[k] < 0 || t.nll[k] == 0 ? 0 : nll_factor(t, k, s.lengths[own[k]], batch);
     if (nll != 0) loss += nll * s.nll[own[k]];
-    nll_grads[k] = static_cast<float>(nll * omega * t.factor);
+    nll_grads[k] = nll * omega * t.factor;
   }
   return static_cast<float>(omega * loss);
 }
 
 // out[i] = what by_member [P, K] has for sequence i, added up in the order of the tuples: no result depends on threads.
-inline void sum_over_tuples(const Tuples& t, const float* by_member, int64_t num_sequences, float* out) {
-  std::fill_n(out, num_sequences, 0.f);
+inline void sum_over_tuples(const Tuples& t, const double* by_member, int64_t num_sequences, float* out) {
+  std::vector<double> sums(num_sequences);
   for (int64_t at = 0; at < t.count * t.members; ++at) {
-    if (t.index[at] >= 0) out[t.index[at]] += by_member[at];
+    if (t.index[at] >= 0) sums[t.index[at]] += by_member[at];
   }
+  for (int64_t i = 0; i < num_sequences; ++i) out[i] = static_cast<float>(sums[i]);
 }
 
 inline bool index_in_range(const Tuples& t, int64_t num_sequences) {

@@ -41,6 +41,7 @@ LISTED = Objective(
 )
 COLUMNS = ("weights", "margins", "soft_labels", "targets", "beta_scales")
 TOKEN_FIELDS = ("weights", "kl_weights", "nll_weights", "token_coefs")
+EVERY_FIELD = tuple(f"segments.{name}" for name in TOKEN_FIELDS)
 
 
 class Batch:
