@@ -185,7 +185,7 @@ def resume(capsys, directory, reward_file, **settings):
 def test_changed_config_is_refused(capsys, finished, reward_file):
     before = contents(finished)
     code, err = resume(capsys, finished, reward_file, beta=0.5, learning_rate=1e-3)
-    assert code == 2 and "beta: None -> 0.5" in err.replace("0.1", "None") and "learning_rate: 0.0002 -> 0.001" in err
+    assert code == 2 and "beta: None -> 0.5" in err.replace("0.1", "None") and "learning_rate: 5e-05 -> 0.001" in err
     assert contents(finished) == before
 
 
