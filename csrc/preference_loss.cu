@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kSearched = 16384;  // elements of the index up to which it is searched, not sorted
-constexpr int64_t kTokensPerThread = 16;
+constexpr int64_t kTokensPerThread = 8;
 constexpr int64_t kMinPart = 4096;  // tokens of a sequence, so that another block is worth it
 constexpr int64_t kBlocksPerProcessor = 8;
 constexpr int kJoinThreads = 128;
