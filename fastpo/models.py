@@ -158,7 +158,7 @@ class ResponseScorer(nn.Module):
     def _from_columns(self, batch: Batch) -> Tensor:
         width = batch.input_ids.shape[1]
         kept, keep = width, {}
-        if "logits_to_keep" in inspect.signature(_unwrapped(self.model).forward).parameters:
+        if "logits_to_keep" in inspect.signature(unwrapped(self.model).forward).parameters:
             kept = width - int((batch.rows % width).min())
             keep = {"logits_to_keep": kept}
         logits = self.model(input_ids=batch.input_ids, use_cache=False, **keep).logits  # [B, kept, V]
@@ -220,13 +220,13 @@ def save_model(model: nn.Module, directory: str | Path, accelerator: Accelerator
     accelerator.wait_for_everyone()
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The transformers model inside a peft one (whose adapters live in its layers), else the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _body_and_head(model: Any) -> tuple[Any, Any]:
-    model = _unwrapped(model)
+    model = unwrapped(model)
     return model.base_model, model.get_output_embeddings()
 
 
@@ -234,7 +234,7 @@ def _body_and_head(model: Any) -> tuple[Any, Any]:
 def _head_is_plain(model: Any) -> bool:
     """Whether the logits are the LM head on the body's last hidden states, to the bit, on a few tokens."""
     body, head = _body_and_head(model)
-    if head is None or body is _unwrapped(model):
+    if head is None or body is unwrapped(model):
         return False
     vocabulary = model.config.get_text_config().vocab_size
     input_ids = torch.arange(1, 5, device=next(model.parameters()).device)[None] % vocabulary  # [1, 4]

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from fastpo.errors import FastpoError
-from fastpo.models import context_length
+from fastpo.errors import FastpoError, RunError
+from fastpo.models import context_length, unwrapped
 
 _COMPACT_BELOW = 0.8  # finished rows leave the batch when this share or less of its rows is still running
 
@@ -63,7 +63,7 @@ def generate(
     and values of ``batch_size`` rows.
 
     Raises FastpoError for an empty prompt, for one that leaves no room for ``max_new_tokens`` in the model's context,
-    and for settings out of range, before any work.
+    and for settings out of range, before any work; RunError for a model whose logits are NaN.
     """
     request = _Request(num_samples, max_new_tokens, temperature, top_p, top_k, eos_token_id, pad_token_id, seed)
     _check(request, batch_size, prompts, context_length(model))
@@ -116,7 +116,8 @@ def _generate_batch(
     model: PreTrainedModel, indices: list[int], prompts: list[Sequence[int]], request: _Request
 ) -> list[list[list[int]]]:
     device = next(model.parameters()).device
-    accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
+    accepted = inspect.signature(unwrapped(model).forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     input_ids, attention_mask = _left_pad(prompts, request, device)  # [B, L], [B, L]
     rows = len(prompts) * request.num_samples
     uniforms = _uniforms(indices, request).to(device)  # [R, max_new_tokens]
@@ -126,15 +127,17 @@ def _generate_batch(
     cache = _new_cache(model, input_ids.shape[1] + request.max_new_tokens)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L]
     for step in range(request.max_new_tokens):
-        positions = {"position_ids": position_ids} if accepts_positions else {}
+        positions = {"position_ids": position_ids} if "position_ids" in accepted else {}
         logits = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **last_only,
             **positions,
         ).logits[:, -1]  # [A, V]; [B, V] at the first step
+        if step == 0 and logits.isnan().any():
+            raise RunError("the model's logits are NaN: its weights, or its type (dtype), are not usable")
         if step == 0 and request.num_samples > 1:
             cache.batch_repeat_interleave(request.num_samples)
             logits, attention_mask, position_ids = (

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastpo.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -36,7 +37,7 @@ class TrainConfig:
     batch_size: int = 64
     num_epochs: float | None = 1.0  # passes over the data; the stage ends here or at max_steps, whichever is first
     max_steps: int | None = None  # optimizer steps
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # down to 0 at the last step
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # towards 0 behind the last step
     warmup_steps: int = 0
     weight_decay: float = 0.0  # on matrices; norms and biases have none
     max_grad_norm: float = 1.0  # 0: off
@@ -92,7 +93,7 @@ def train_sft(
     process) gets the same with ``tokens_per_second``. Resumes from ``output_dir/checkpoints`` where a killed run left
     some; the caller removes that directory once the model is saved.
 
-    Raises FastpoError for an empty or too long example before any work.
+    Raises FastpoError for no examples and for an empty or too long one, before any work.
     """
     check_sequences(examples, context_length(model), "examples")
     return _fit(model, SupervisedTask(examples), config, Path(output_dir), accelerator, log)
@@ -119,8 +120,8 @@ def train_preference(
     accuracy; log-probs per response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per
     token; gradient norm; learning rate. ``log``, resuming and ``output_dir`` are as in ``train_sft``.
 
-    Raises FastpoError before any work for an empty or too long response, and for reference log-probs that are missing
-    or of the wrong shape.
+    Raises FastpoError before any work for no pairs, for an empty or too long response, and for reference log-probs that
+    are missing, of the wrong shape, or not wanted.
     """
     task = PreferenceTask(pairs, ref_logps, objective)
     check_sequences([(p.prompt_ids, p.chosen_ids) for p in pairs], context_length(model), "chosen of pairs")
@@ -132,6 +133,8 @@ def _fit(
     model: PreTrainedModel, task: Task, config: TrainConfig, output_dir: Path, accelerator: Accelerator, log: Log
 ) -> list[Record]:
     """Minimises the task's mean loss over the batches of ``config``. Returns the record of each step."""
+    if not task.lengths:
+        raise FastpoError("there is nothing to train on: no examples, or no pairs")
     batches = config.batches(len(task.lengths))
     model.eval()  # no dropout
     if config.gradient_checkpointing:  # works in train mode only
@@ -147,6 +150,8 @@ def _fit(
             started = time.perf_counter()
             sums = _accumulate_gradients(scorer, task, batches[step], config, accelerator)
             grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            if isinstance(grad_norm, DTensor):  # FSDP2
+                grad_norm = grad_norm.full_tensor()
             lr = config.lr(step, len(batches))
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import EOS, NAMES, PAD, build, random_tokens
 
 from fastpo.errors import FastpoError
@@ -78,6 +79,22 @@ def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(3, 1)
     request = _Request(1, 1, 1.0, 1.0, 0, EOS, PAD, 0)
     assert _pick(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), request).tolist() == [1, 3, 3]
+
+
+def test_nan_logits_are_reported():
+    model = build()
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FastpoError, match="the model's logits are NaN"):
+            generate(model, prompts(2), temperature=temperature, **COMMON)
+
+
+def test_a_peft_model_is_given_positions():
+    """Its forward takes any keywords; left padding shifts the absolute positions of GPT-2 all the same."""
+    model = build("gpt2")
+    expected = generate(model, prompts(), temperature=0, **COMMON)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True))
+    assert generate(adapted, prompts(), temperature=0, **COMMON) == expected
 
 
 def test_training_mode_is_left_as_it_was():

@@ -283,6 +283,11 @@ def test_learning_rate(schedule, last):
     assert rates[-1] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2 if last is None else last)
 
 
+def test_nothing_to_train_on_is_said(tmp_path):
+    with pytest.raises(FastpoError, match="there is nothing to train on: no examples, or no pairs"):
+        train_sft(build(), [], config=settings(), output_dir=tmp_path, accelerator=Accelerator(cpu=True), log=print)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
