@@ -22,6 +22,7 @@ from fastpo.objectives import Objective
 from fastpo.types import Pairs, PreferenceOutput, Segments
 
 BETA = 0.1
+_FLOATS = {"forward": 2, "forward_backward": 3}  # of a token that have to be moved
 OBJECTIVES = {"dpo": objectives.dpo(BETA), "irpo": objectives.irpo(BETA, alpha=1.0)}
 
 
@@ -71,16 +72,10 @@ def cases(suite: str, device: str) -> list[Case]:
 
 
 def setup(case: Case, device: str) -> Inputs:
-    shape, generator = case.shape, torch.Generator().manual_seed(0)
-    rows, width = 2 * shape["pairs"], shape["tokens"]
-    lengths = torch.full((rows,), width)
-    if shape["ragged"]:
-        lengths = torch.randint(width // 8, width + 1, (rows,), generator=generator)
-    column = torch.arange(width)
-    real = column < lengths[:, None]
-    mask = real & (column >= shape["masked"])
-    padded, ref_padded = (torch.rand(rows, width, generator=generator).sub(1.01) * mask for _ in range(2))
-    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    shape, generator, real = case.shape, torch.Generator().manual_seed(0), _real(case)
+    mask = real & (torch.arange(shape["tokens"]) >= shape["masked"])
+    padded, ref_padded = (torch.rand(real.shape, generator=generator).sub(1.01) * mask for _ in range(2))
+    cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0))
     segments = Segments(cu_seqlens, mask[real] if shape["masked"] else None)
     chosen = torch.arange(shape["pairs"])
     return Inputs(
@@ -109,14 +104,13 @@ def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
         return run
 
     compiled = torch.compile(eager_loss, dynamic=False)
-    runs = {
+    return {
         "fastpo": of(lambda x: fastpo_output(x, objective).loss, "logps"),
         "torch eager": of(lambda x: eager_loss(x.padded, x.ref_padded, x.mask, objective), "padded"),
         "torch.compile": of(lambda x: compiled(x.padded, x.ref_padded, x.mask, objective), "padded"),
         "trl": of(lambda x: trl_loss(x.padded, x.ref_padded, x.mask, objective), "padded"),
         "trl + mask": of(lambda x: trl_loss(x.padded * x.mask, x.ref_padded * x.mask, x.mask, objective), "padded"),
     }
-    return runs
 
 
 def fastpo_output(inputs: Inputs, objective: Objective) -> PreferenceOutput:
@@ -153,13 +147,8 @@ def trl_loss(per_token_logps: Tensor, ref_per_token_logps: Tensor, mask: Tensor,
 
 def bytes_moved(case: Case) -> int:
     """The floor: log-probs and reference read once, the gradient written once, the mask read in either pass."""
-    rows, width = 2 * case.shape["pairs"], case.shape["tokens"]
-    if case.shape["ragged"]:
-        tokens = int(setup(case, "cpu").segments.cu_seqlens[-1])
-    else:
-        tokens = rows * width
-    forward, backward = 8 + bool(case.shape["masked"]), 4 + bool(case.shape["masked"])
-    return tokens * (forward + (backward if case.mode == "forward_backward" else 0))
+    masks = (1 if case.mode == "forward" else 2) if case.shape["masked"] else 0
+    return _tokens(case) * (_FLOATS[case.mode] * 4 + masks)
 
 
 def flops(case: Case) -> int:
@@ -167,27 +156,34 @@ def flops(case: Case) -> int:
 
 
 def ceiling(case: Case) -> tuple[Callable[[Inputs], Any], int]:
-    """Reads and writes of the floor by torch's fastest operations, and their bytes."""
+    """Reads and writes of the floor's floats by torch's fastest operations, and their bytes."""
 
     def run(inputs: Inputs) -> Any:
         sums = inputs.logps.detach().sum(), inputs.ref_logps.sum()
         return sums, torch.ones_like(inputs.logps) if case.mode == "forward_backward" else None
 
-    return run, bytes_moved(case) if not case.shape["masked"] else bytes_moved(
-        Case(case.name, case.mode, case.dtype, case.shape | {"masked": 0})
-    )
+    return run, _tokens(case) * _FLOATS[case.mode] * 4
 
 
 def check(case: Case, inputs: Inputs, outputs: dict[str, Any]) -> None:
     """Raises AssertionError where an implementation's loss or gradient is not fastpo's."""
-    (loss, grad), mask = outputs["fastpo"], inputs.mask.bool()
-    real = (
-        torch.arange(case.shape["tokens"], device=mask.device)
-        < inputs.segments.cu_seqlens.diff()[torch.arange(len(mask))][:, None]
-    )
+    loss, grad = outputs["fastpo"]
+    real = _real(case).to(inputs.mask.device)
     for name, (other_loss, other_grad) in outputs.items():
         torch.testing.assert_close(other_loss, loss, rtol=1e-4, atol=1e-6, msg=f"loss of {name}")
-        if grad is None or name == "fastpo":
-            continue
-        packed = (other_grad * mask)[real]
-        torch.testing.assert_close(packed, grad, rtol=1e-3, atol=1e-9, msg=f"gradient of {name}")
+        if grad is not None and name != "fastpo":
+            packed = (other_grad * inputs.mask)[real]
+            torch.testing.assert_close(packed, grad, rtol=1e-3, atol=1e-9, msg=f"gradient of {name}")
+
+
+def _real(case: Case) -> Tensor:
+    """[2P, L] bool, False where the batch is padded."""
+    rows, width = 2 * case.shape["pairs"], case.shape["tokens"]
+    lengths = torch.full((rows,), width)
+    if case.shape["ragged"]:
+        lengths = torch.randint(width // 8, width + 1, (rows,), generator=torch.Generator().manual_seed(1))
+    return torch.arange(width) < lengths[:, None]
+
+
+def _tokens(case: Case) -> int:
+    return int(_real(case).sum())
