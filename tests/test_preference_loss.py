@@ -76,6 +76,16 @@ def test_a_sequence_without_tokens_adds_nothing(name, backend):
     assert all(g is None or (g.isfinite().all() and not g[4:7].any()) for g in grads)
 
 
+@pytest.mark.parametrize("name", ["dpo", "orpo", "alphapo", "f_dpo"])
+def test_a_sequence_without_tokens_counts_like_an_absent_one(name, backend):
+    """Under every score map: f(S) of an empty sequence is 0, where ORPO's log-odds has a pole."""
+    objective = PRESETS[name]()
+    logps, ref = -torch.rand(4), -torch.rand(4) if objective.needs_reference else None
+    pairs = Pairs(torch.tensor([[0, 1], [0, -1]]))
+    out = preference_loss(logps, ref, Segments(torch.tensor([0, 4, 4])), pairs, objective)
+    assert out.losses[0] == out.losses[1]
+
+
 def test_a_term_without_members_is_left_out(backend):
     """KTO's tuples have one side only: the other's term does not count as one of score 0."""
     objective = objectives.kto(beta=1.0)
