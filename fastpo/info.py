@@ -13,6 +13,7 @@ from rich.table import Table
 import fastpo
 import fastpo.kernels
 from fastpo.dispatch import Backend, Op
+from fastpo.kernels.linear_token_logprobs import plan
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "peft", "math-verify", "vllm")
 BUILD_HINT = "to build the C++ ops: install a C++ compiler, then  pip install --no-build-isolation .  in the checkout"
@@ -69,6 +70,20 @@ def machine() -> str:
     )
 
 
+HEAD = (8192, 128256, 4096)  # tokens, vocabulary, hidden size of the example
+
+
+def head_rows() -> list[tuple[str, str, str, str]]:
+    """(mode, GEMM work, MiB, why) of linear_token_logprobs on the example; its ``plan`` says it of other shapes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    plans = [
+        plan(*HEAD, dtype=dtype, device=device, hidden_grad=hidden_grad, head_grad=head_grad)
+        for hidden_grad, head_grad in ((False, False), (True, False), (True, True))
+    ]
+    return [(each.mode, f"{each.gemms:.2f}F", f"{each.bytes / 2**20:.0f}", each.reason) for each in plans]
+
+
 def main(_arguments: list[str] | None = None) -> int:
     console = Console()
     console.print(f"fastpo {fastpo.__version__}  |  {machine()}", highlight=False)
@@ -80,6 +95,12 @@ def main(_arguments: list[str] | None = None) -> int:
     table = Table("op", "backend", "state", title="backends, in order of preference")
     for row in rows:
         table.add_row(*row)
+    console.print(table)
+    tokens, vocab, hidden = HEAD
+    title = f"what a fused head costs: {tokens} tokens, {vocab} x {hidden} weight (F: one GEMM of all of it)"
+    table = Table("mode", "GEMMs", "MiB", "why", title=title)
+    for line in head_rows():
+        table.add_row(*line)
     console.print(table)
     for hint in hints(rows):
         console.print(f"- {hint}", highlight=False)

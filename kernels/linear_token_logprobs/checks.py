@@ -14,6 +14,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_tensors(hidden, weight, labels, bias, rows, lora) -> None:
     """What can be told from types and shapes alone."""
+    if not _is_torchs(hidden) or type(hidden).__name__ == "DTensor":
+        raise TypeError(f"hidden is a {type(hidden).__name__}; it should be a plain tensor, such as to_local() gives")
     if hidden.dtype not in _DTYPES:
         raise TypeError(f"hidden is {hidden.dtype}; it should be float32, bfloat16, float16 or float64")
     if hidden.dim() < 2:
@@ -49,7 +51,8 @@ def check_settings(hidden, temperature, logit_scale, logit_softcap, stats, topk,
 
 
 def _check_weight(weight, hidden: Tensor) -> None:
-    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point or type(weight).__name__ in _QUANTISED:
+    plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point and _is_torchs(weight)
+    if not plain:
         kind = f"{weight.dtype} {type(weight).__name__}" if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight is {kind}; it should be a {hidden.dtype} tensor: quantised heads are not supported")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
@@ -61,8 +64,9 @@ def _check_weight(weight, hidden: Tensor) -> None:
         raise ValueError(f"weight is on {weight.device}; it should be on {hidden.device}, where hidden is")
 
 
-# Classes of bitsandbytes and torchao whose data is not that of a float tensor although they may say so.
-_QUANTISED = ("Params4bit", "Int8Params", "AffineQuantizedTensor", "Int4Tensor", "Int8Tensor", "Float8Tensor")
+def _is_torchs(tensor: Tensor) -> bool:
+    """Not of a class of bitsandbytes, torchao, ..., whose data may be other than it says."""
+    return type(tensor).__module__.split(".")[0] == "torch"
 
 
 def _check_integers(name: str, value: Tensor, hidden: Tensor) -> None:
