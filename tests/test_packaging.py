@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# An editable install of this checkout would lend its compiled modules to the wheel under test.
+NO_EDITABLE = 'import sys; sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f)]\n'
 
 
 def run(code: str, cwd: Path, **environment: str) -> str:
@@ -62,8 +64,10 @@ assert torch.allclose(logps, torch.full((2,), 5.0).log().neg()), logps
 assert any(issubclass(w.category, SlowBackendWarning) for w in caught), "the slow backend was taken in silence"
 print(fastpo.kernels.token_logprobs.__file__)
 """
-    assert run(code, empty, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
-    state = run("import fastpo.info; fastpo.info.main()", empty, PYTHONPATH=str(tmp_path / "site"), COLUMNS="200")
+    assert run(NO_EDITABLE + code, empty, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
+    state = run(
+        NO_EDITABLE + "import fastpo.info; fastpo.info.main()", empty, PYTHONPATH=str(tmp_path / "site"), COLUMNS="200"
+    )
     assert "fastpo._C is not built" in state and "to build the C++ ops" in state
 
 
