@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from fastpo.errors import FastpoError
+from fastpo.integrations.head import Head
 from fastpo.integrations.transformers import (
     FusedLossMixin,
     add_fused_head,
@@ -62,6 +63,29 @@ def test_log_probs(padding_free):
     logps = torch.log_softmax(model(**BATCH).logits[:, :-1], -1)
     expected = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
     torch.testing.assert_close(causal_lm_logps(model, BATCH, padding_free=padding_free), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "phi"])  # softcap, scale, bias
+def test_statistics(name):
+    model = build(name)
+    add_fused_head(model, outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    labels, logits = BATCH["labels"][:, 1:], model(**BATCH).logits[:, :-1]
+    logp = torch.log_softmax(logits, -1)
+    expected = {
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "log_sum_sq_probs": logp.exp().square().sum(-1).log(),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == labels,
+    }
+    found = model(**BATCH, fused_lm_head=True)
+    for field, values in expected.items():
+        torch.testing.assert_close(found[field], values.masked_fill(labels == -100, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_mean_logits_of_an_adapted_head():
+    head = Head.of(adapted(LoraConfig(**LORA, target_modules=["lm_head"])).get_base_model())
+    hidden = torch.randn(5, 32)
+    torch.testing.assert_close(head.mean_logits(hidden), head.logits(hidden).mean(-1), rtol=1e-4, atol=1e-6)
 
 
 def adapted(config, seed=3):

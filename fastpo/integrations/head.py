@@ -82,7 +82,7 @@ class Head:
             rows = max(1, _MEAN_CHUNK // self.weight.shape[0])
             return torch.cat([self.logits(part).mean(-1) for part in hidden.split(rows)])
         x = hidden.to(self.weight.device).float()
-        mean = x @ _whole(self.weight.mean(0, dtype=torch.float32))
+        mean = x @ _whole(self.weight.sum(0, dtype=torch.float32)) / self.weight.shape[0]
         if self.bias is not None:
             mean = mean + self.bias.mean(dtype=torch.float32)
         if self.lora is not None:
