@@ -17,7 +17,7 @@ from linear_token_logprobs_cases import (
 )
 
 from fastpo.dispatch import extension_missing
-from fastpo.kernels.linear_token_logprobs import linear_token_logprobs, planning, reference
+from fastpo.kernels.linear_token_logprobs import gemm, linear_token_logprobs, planning, reference
 from fastpo.kernels.token_logprobs import STATS
 
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(extension_missing("_C") is not None, reason="no _C"))]
@@ -26,6 +26,7 @@ BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(extension_miss
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FASTPO_BACKEND", request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,22 @@ def test_a_certain_label_keeps_the_precision_of_its_gradient():
     tensors["weight"][labels.clamp_min(0)] += tensors["hidden"]
     check(tensors, labels, settings)
     check(tensors, labels, settings, memory_budget=budget(20, 16, 200, 0, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("kept", [0, 0.4, 10])
+def test_low_precision_operands_as_on_a_gpu(monkeypatch, backend, dtype, kept):
+    """GEMMs of bf16 and fp16 operands to fp32 results, which no CPU library has: exp(logits) rounded in between."""
+    if backend == "cpu":
+        pytest.skip("its kernels write float32 or over the logits")
+    monkeypatch.setattr(gemm, "operand", lambda x: x)
+    monkeypatch.setattr(gemm, "_onednn", lambda x: False)
+    monkeypatch.setattr(gemm, "_mm", lambda a, b: torch.mm(a.float(), b.float()))
+    n, h, v = 200, 64, 1111
+    for head in (HEADS["plain"], HEADS["lora and softcap"]):
+        given = problem(n, h, v, dtype, **head)
+        check(*given, memory_budget=budget(n, h, v, kept, dtype))
+        check(*given, stats=("entropy",), upstream=("logps", "entropy"))
 
 
 def test_independent_of_the_tiles(monkeypatch):
