@@ -218,10 +218,29 @@ def test_components():
 
 
 def test_fill_makes_few_groups_of_about_equal_size():
-    assert fill([4] * 10, 100) == [0] * 10
-    assert fill([5] * 6, 20) == [0, 0, 0, 1, 1, 1]  # not four and two
-    assert fill([3, 50, 3, 3], 10) == [0, 1, 2, 2]  # one component is larger than the room
-    assert fill([], 10) == [] and fill([2, 3], 0) == [0, 1]
+    assert fill([4] * 10, 100, 100) == [0] * 10
+    assert fill([5] * 9, 10, 20) == [0, 0, 1, 1, 1, 1, 2, 2, 2]  # not four, four, and one; the first has its own room
+    assert fill([5] * 8, 10, 20) == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert fill([3, 50, 3, 3], 30, 10) == [1, 0, 1, 1]  # what is larger than the room comes first
+    assert fill([3, 50, 3, 30], 60, 10) == [0, 0, 0, 1]
+    assert fill([], 10, 10) == [] and fill([2, 3], 0, 0) == [1, 0]
+
+
+def test_the_gradient_of_the_weight_lends_its_memory():
+    """Up to H rows cost 3F at a budget that holds no logits; twice as many where fp32 sums of narrow gradients do."""
+    for dtype, wide in ((torch.float32, 1), (torch.bfloat16, 2)):
+        shape = {"hidden_size": 64, "vocab_size": 5000, "dtype": dtype}
+
+        def planned(rows, num_pairs=1, **wanted):
+            cu_seqlens = torch.arange(2 * num_pairs + 1) * (rows // (2 * num_pairs))
+            index = torch.arange(2 * num_pairs).view(-1, 2)
+            return plan(Segments(cu_seqlens), Pairs(index), memory_budget=250_000, **shape, **wanted)  # noqa: B023
+
+        assert planned(64).gemms == 3 and len(planned(64).groups) == 1
+        assert planned(64 * wide + 16).gemms > 3
+        assert planned(64, weight_grad=False).gemms > 3
+        several = planned(64 * wide + 20, 10)
+        assert several.groups[0].rows > 50 * wide and several.groups[0].head.gemms == 3
 
 
 @pytest.mark.parametrize("name", ["irpo", "cpo", "orpo", "sppo"])

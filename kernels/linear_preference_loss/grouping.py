@@ -4,9 +4,7 @@ Sequences that share a tuple are connected; a connected component is never split
 are known only when the log-probs of all its members are.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +21,6 @@ class Group:
     tokens: int  # tokens that count
     rows: int  # hidden rows that predict them
     head: Plan  # what the head costs on them
-    whole: bool  # all that is to be kept of them fits the budget; else their logits are computed again in part
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class LossPlan:
     groups: tuple[Group, ...]
     group_of: Tensor  # [S] int64, group of each sequence, on the CPU
     mode: str  # "no gradient", "frozen head" or "trained head"
+    wide_sums: bool  # the head's gradients are summed in fp32 where the weight is narrower, and rounded at the end
 
     @property
     def rows(self) -> int:
@@ -57,7 +55,7 @@ class LossPlan:
     @property
     def recomputed(self) -> int:
         """Number of groups that exceed the budget although no component can be split off."""
-        return sum(not group.whole for group in self.groups)
+        return sum(not whole(group.head) for group in self.groups)
 
     def __str__(self) -> str:
         size = f"{self.bytes / 2**20:.0f} MiB, {len(self.groups)} groups of whole tuples"
@@ -75,37 +73,96 @@ def plan(
     dtype: torch.dtype = torch.float32,
     hidden_grad: bool = True,
     head_grad: bool = True,
+    weight_grad: bool | None = None,
     memory_budget: int | None = None,
 ) -> LossPlan:
     """How ``linear_preference_loss`` runs on these sequences, and what it costs; the op itself follows it.
 
     Args:
         segments, pairs, rows: as the op takes them; the mask should leave out tokens with ignored labels too.
-        hidden_grad: the hidden states need a gradient.
+        hidden_grad: the hidden states (or LoRA's A) need a gradient.
         head_grad: the weight, the bias or LoRA's B need one.
+        weight_grad: the weight itself does; None: if head_grad.
         memory_budget: bytes of extra memory at the peak, gradients not counted. None: 1 GiB besides the rows' state.
 
     Raises ValueError where the budget does not hold the state of one component's rows and the smallest tile.
     """
     like = torch.empty(0, dtype=dtype, device=segments.cu_seqlens.device)
-    cost = head_cost(like, vocab_size, hidden_size, hidden_grad, head_grad, memory_budget)
-    return group(segments.cu_seqlens, segments.mask, rows, pairs.index, cost, vocab_size if head_grad else 0)
+    lends = head_grad if weight_grad is None else weight_grad
+    costs = Costs(like, vocab_size, hidden_size, hidden_grad, head_grad, lends, memory_budget)
+    return group(segments.cu_seqlens, segments.mask, rows, pairs.index, costs)
 
 
-def head_cost(
-    weight: Tensor, vocab_size: int, hidden_size: int, hidden_grad: bool, head_grad: bool, memory_budget: int | None
-) -> Callable[[int], Plan]:
-    """The plan of a head like ``weight`` for a number of rows."""
-    return partial(
-        plan_head,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        dtype=weight.dtype,
-        device=weight.device.type,
-        hidden_grad=hidden_grad,
-        head_grad=head_grad,
-        memory_budget=memory_budget,
-    )
+@dataclass(frozen=True)
+class Costs:
+    """Plans of the head for a number of rows.
+
+    The gradient of the weight, [V, H], is written only when the coefficients of the first group are known. Until then
+    its memory is free: it holds exp(logits) of up to H of that group's rows (2H where it is fp32 and they are not).
+    """
+
+    like: Tensor  # of the weight's type, on its device
+    vocab_size: int
+    hidden_size: int
+    hidden_grad: bool
+    head_grad: bool
+    weight_grad: bool
+    memory_budget: int | None
+
+    def lent_rows(self, wide_sums: bool) -> int:
+        """Rows that the memory of the weight's gradient holds."""
+        times = 4 // self.like.itemsize if wide_sums and self.like.itemsize < 4 else 1
+        return self.hidden_size * times if self.weight_grad else 0
+
+    def plan(self, num_rows: int, lent_rows: int = 0) -> Plan:
+        """The plan for some rows, of which the gradient's memory may hold ``lent_rows``."""
+        plan = plan_head(
+            num_rows,
+            self.vocab_size,
+            self.hidden_size,
+            dtype=self.like.dtype,
+            device=self.like.device.type,
+            hidden_grad=self.hidden_grad,
+            head_grad=self.head_grad,
+            memory_budget=self.memory_budget,
+        )
+        return plan if lent_rows == 0 or num_rows == 0 else self._with_loan(plan, num_rows, lent_rows)
+
+    def _with_loan(self, plan: Plan, num_rows: int, most: int) -> Plan:
+        """Whole chunks of rows are lent memory: chunks are made to fit it, of equal size if the budget allows."""
+        own = plan.kept_elements // self.vocab_size
+        largest = min(plan.row_chunk, most)
+        equal = -(-num_rows // -(-num_rows // largest))
+        chunk = equal if num_rows <= most // equal * equal + own else largest
+        lent = min(num_rows, most // chunk * chunk)
+        kept = min(plan.kept_elements, (num_rows - lent) * self.vocab_size)
+        return replace(
+            plan,
+            row_chunk=chunk,
+            kept_elements=kept,
+            kept_bytes=kept * self.like.itemsize,
+            lent_elements=lent * self.vocab_size,
+        )
+
+    def capacity(self, most: int, lent_rows: int = 0) -> int:
+        """The largest number of rows, at most ``most``, that the budget and the loan hold with all of their logits."""
+
+        def holds(num_rows: int) -> bool:
+            try:
+                return whole(self.plan(num_rows, lent_rows))
+            except ValueError:
+                return False
+
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if holds(middle) else (low, middle - 1)
+        return low
+
+
+def whole(plan: Plan) -> bool:
+    """Whether no logits are to be computed again."""
+    return not plan.head_grad or plan.kept_elements + plan.lent_elements >= plan.elements
 
 
 def group(
@@ -113,27 +170,34 @@ def group(
     mask: Tensor | None,  # [T] bool
     rows: Tensor | None,  # [T]
     index: Tensor,  # [P, K]
-    cost: Callable[[int], Plan],  # of a number of rows
-    kept: int,  # elements per row that are kept where the budget allows
+    costs: Costs,
 ) -> LossPlan:
-    """Groups the sequences in their order. Waits for the device: sizes depend on the values."""
+    """Groups the sequences. Waits for the device: sizes depend on the values."""
     num_sequences = cu_seqlens.shape[0] - 1
     component = components(index.cpu(), num_sequences)
     tokens, row_counts = _sizes(cu_seqlens.cpu(), mask, rows, component)
     present = (tokens > 0).nonzero()[:, 0]
     sizes = row_counts[present].tolist()
-    room = _capacity(cost, sum(sizes), kept)
+    wide_sums, numbers = _numbers(sizes, costs)
+    lent = costs.lent_rows(wide_sums)
     number = torch.zeros(num_sequences, dtype=torch.int64)
-    number[present] = torch.tensor(fill(sizes, room), dtype=torch.int64)
-    group_of = number[component]
-    num_groups = int(number.max()) + 1 if sizes else 0
+    number[present] = torch.tensor(numbers, dtype=torch.int64)
+    num_groups = max(numbers, default=-1) + 1
     tokens_of = torch.zeros(num_groups, dtype=torch.int64).index_add_(0, number[present], tokens[present])
     rows_of = torch.zeros(num_groups, dtype=torch.int64).index_add_(0, number[present], row_counts[present])
     groups = []
-    for num_tokens, num_rows in zip(tokens_of.tolist(), rows_of.tolist(), strict=True):
-        head = cost(num_rows)
-        groups.append(Group(num_tokens, num_rows, head, head.kept_elements >= kept * num_rows))
-    return LossPlan(tuple(groups), group_of, cost(0).mode)
+    for i, (num_tokens, num_rows) in enumerate(zip(tokens_of.tolist(), rows_of.tolist(), strict=True)):
+        groups.append(Group(num_tokens, num_rows, costs.plan(num_rows, lent if i == 0 else 0)))
+    return LossPlan(tuple(groups), number[component], costs.plan(0).mode, wide_sums)
+
+
+def _numbers(sizes: list[int], costs: Costs) -> tuple[bool, list[int]]:
+    """Whether sums are wide, and the group of each component: one group if it holds all, rounded once per tile."""
+    total = sum(sizes)
+    if costs.capacity(total, costs.lent_rows(wide_sums=False)) == total:
+        return False, [0] * len(sizes)
+    first_room = costs.capacity(total, costs.lent_rows(wide_sums=True))
+    return True, fill(sizes, first_room, costs.capacity(total))
 
 
 def components(index: Tensor, num_sequences: int) -> Tensor:
@@ -164,30 +228,28 @@ def _sizes(cu_seqlens: Tensor, mask: Tensor | None, rows: Tensor | None, compone
     return tokens, torch.bincount(distinct, minlength=num_sequences)
 
 
-def _capacity(cost: Callable[[int], Plan], most: int, kept: int) -> int:
-    """The largest number of rows, at most ``most``, that the budget holds with all that is to be kept of them."""
+def fill(sizes: list[int], first_room: int, room: int) -> list[int]:
+    """Group of each component: the first of up to ``first_room`` rows, then others of about equal size up to ``room``.
 
-    def holds(num_rows: int) -> bool:
-        try:
-            return cost(num_rows).kept_elements >= kept * num_rows
-        except ValueError:
-            return False
-
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
-
-
-def fill(sizes: list[int], room: int) -> list[int]:
-    """Group of each component in order: of about equal size, at most ``room`` rows unless one alone is larger."""
-    remaining, numbers, number, filled = sum(sizes), [], 0, 0
-    for size in sizes:
-        groups_left = max(1, -(-remaining // max(room, 1)))
-        if filled and (filled + size > room or filled + size / 2 > remaining / groups_left):
+    The largest component, if it is larger than ``room``, goes into the first group; what exceeds its room is alone.
+    """
+    if not sizes:
+        return []
+    numbers = [-1] * len(sizes)
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    order = [i for i in range(len(sizes)) if i != largest]
+    order.insert(0 if sizes[largest] > room else largest, largest)
+    remaining, number, filled = sum(sizes), 0, 0
+    for i in order:
+        if filled and _full(filled, sizes[i], remaining, room if number else first_room, balanced=number > 0):
             remaining -= filled
             number, filled = number + 1, 0
-        filled += size
-        numbers.append(number)
+        filled += sizes[i]
+        numbers[i] = number
     return numbers
+
+
+def _full(filled: int, size: int, remaining: int, room: int, balanced: bool) -> bool:
+    """Whether a component of ``size`` rows begins another group."""
+    groups_left = max(1, -(-remaining // max(room, 1)))
+    return filled + size > room or (balanced and filled + size / 2 > remaining / groups_left)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastpo.kernels.linear_token_logprobs import engine, gemm, statistics
 from fastpo.kernels.linear_token_logprobs.checks import check_values
+from fastpo.kernels.linear_token_logprobs.cpu_kernels import large
 from fastpo.kernels.linear_token_logprobs.engine import Batch, Gradients, Slopes, State
 from fastpo.kernels.linear_token_logprobs.entries import Entries, entries
 from fastpo.kernels.linear_token_logprobs.op import OP as HEAD
@@ -17,7 +18,7 @@ from fastpo.kernels.preference_loss.checks import check_values as check_sequence
 from fastpo.kernels.preference_loss.records import Outputs, TokenGrads, Tokens, TokenSettings, Tuples, TupleSettings
 from fastpo.kernels.token_logprobs.checks import STATS
 
-from .grouping import LossPlan, group, head_cost
+from .grouping import Costs, LossPlan, group
 
 HEAD_GRADS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 SEGMENT_GRADS = TokenGrads._fields[1:]  # all but the gradient of the log-probs
@@ -123,7 +124,7 @@ def _run_group(
     """Log-probs and statistics of a group's tokens into the outputs, their gradients into the totals."""
     logps = outputs["token_logps"]
     found = entries_at(inputs.labels, inputs.rows, positions)
-    known = Known.of(inputs, found, head_plan, wanted, totals.kept)
+    known = Known.of(inputs, found, head_plan, wanted, totals)
     logps.index_copy_(0, known.positions, known.logps)
     for name in wanted.stats:
         outputs[name].index_copy_(0, known.positions, known.by_row[name].index_select(0, found.owners))
@@ -133,10 +134,9 @@ def _run_group(
 
 def plan_of(inputs: Inputs, loss: Loss, wanted: Wanted) -> LossPlan:
     """The plan for these tensors."""
-    grads, weight = (wanted.hidden_grad, wanted.head_grad), inputs.weight
-    cost = head_cost(weight, *weight.shape, *grads, inputs.memory_budget)
-    kept = weight.shape[0] if wanted.head_grad else 0
-    return group(loss.tokens.cu_seqlens, loss.tokens.mask, inputs.rows, loss.tuples.index, cost, kept)
+    grads, weight = (wanted.hidden_grad, wanted.head_grad, wanted.head[1]), inputs.weight
+    costs = Costs(weight, *weight.shape, *grads, inputs.memory_budget)
+    return group(loss.tokens.cu_seqlens, loss.tokens.mask, inputs.rows, loss.tuples.index, costs)
 
 
 def parts(plan: LossPlan, cu_seqlens: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Plan]]:
@@ -171,12 +171,11 @@ class Known:
     logps: Tensor  # [E]
 
     @staticmethod
-    def of(inputs: Inputs, found: Entries, plan: Plan, wanted: Wanted, kept: Tensor) -> "Known":
+    def of(inputs: Inputs, found: Entries, plan: Plan, wanted: Wanted, totals: "Totals") -> "Known":
         batch, head = inputs.batch(found), inputs.head
         top = {"topk_mass", "topk_entropy"} & set(wanted.stats)
-        state = _state(
-            inputs, batch, plan, kept, wanted.hidden_grad, min(wanted.topk, len(inputs.weight)) if top else 0
-        )
+        k = min(wanted.topk, len(inputs.weight)) if top else 0
+        state = _state(inputs, batch, plan, totals, wanted.hidden_grad, k)
         moments = "entropy" in wanted.stats or "sum_p2" in wanted.stats
         engine.forward(head, batch, plan, state, HEAD.pick(inputs.weight.device, inputs.weight).impl, moments)
         in_set = None if wanted.label_set is None else statistics.set_logits(head, batch, wanted.label_set)
@@ -186,20 +185,37 @@ class Known:
         return Known(batch, plan, state, found.positions, by_row, logps)
 
 
-def _state(inputs: Inputs, batch: Batch, plan: Plan, kept: Tensor, with_hidden: bool, topk: int) -> State:
-    """An empty one of the R rows; ``kept`` is memory that all groups use in turn."""
+@dataclass(frozen=True)
+class LentState(State):
+    """A state whose first chunks are kept in memory that the weight's gradient will overwrite, tile after tile."""
+
+    lent: Tensor  # [V * L], of the weight's type; the tile at vocabulary entry v begins at v L
+    lent_rows: int  # at most L
+
+    def kept_tile(self, first_row: int, rows: int, start: int, columns: int, vocab_size: int) -> Tensor | None:
+        if first_row >= self.lent_rows:
+            return super().kept_tile(first_row - self.lent_rows, rows, start, columns, vocab_size)
+        at = start * (self.lent.shape[0] // vocab_size) + first_row * columns
+        return self.lent[at : at + rows * columns].view(rows, columns)
+
+
+def _state(inputs: Inputs, batch: Batch, plan: Plan, totals: "Totals", with_hidden: bool, topk: int) -> State:
+    """An empty one of the R rows."""
     rows, wide = batch.x.shape[0], gemm.wide(batch.x.dtype)
-    tiles = -(-inputs.weight.shape[0] // plan.vocab_tile) if plan.kept_elements else 0
+    tiles = -(-inputs.weight.shape[0] // plan.vocab_tile) if plan.head_grad else 0
     new = batch.inverse_temperature.new_empty
-    return State(
+    lent = totals.sums["weight"].view(-1).view(inputs.weight.dtype) if plan.lent_elements else totals.kept[:0]
+    return LentState(
         largest=new(rows),
         sums=new(3, rows, dtype=torch.float64),
-        picked=new(batch.entries.labels.shape[0]).fill_(torch.nan),
+        picked=new(batch.entries.labels.shape[0]),
         top=new(rows, topk) if topk else None,
         product=new(batch.x.shape, dtype=wide) if with_hidden else None,
         lora_product=new(batch.u.shape, dtype=wide) if with_hidden and batch.u is not None else None,
-        kept=kept[: plan.kept_elements],
+        kept=totals.kept[: plan.kept_elements],
         references=new(tiles, rows),
+        lent=lent,
+        lent_rows=plan.lent_elements // inputs.weight.shape[0],
     )
 
 
@@ -209,18 +225,18 @@ class Totals:
     def __init__(self, inputs: Inputs, outputs: dict[str, Tensor], wanted: Wanted, plan: LossPlan) -> None:
         self.inputs, self.outputs, self.wanted = inputs, outputs, wanted
         self.any = any(wanted.head)
-        self.several = len(plan.groups) > 1
+        self.wide_sums = plan.wide_sums
         self.first = True
         elements = max((each.head.kept_elements for each in plan.groups), default=0)
-        self.kept = inputs.weight.new_empty(elements)
+        self.kept = large(inputs.weight.new_empty(elements))  # for all groups in turn
         self.sums = {name: self._sum(name) for name, needed in zip(HEAD_GRADS, wanted.head, strict=True) if needed}
 
     def _sum(self, name: str) -> Tensor:
-        out = self.outputs[f"d_{name}"].zero_() if name == "hidden" else self.outputs[f"d_{name}"]
+        out = large(self.outputs[f"d_{name}"])
         wide = gemm.wide(out.dtype)
-        if name == "hidden" or not self.several or out.dtype == wide:
-            return out
-        return torch.empty_like(out, dtype=wide)
+        if name == "hidden":
+            return out.zero_()
+        return out if not self.wide_sums or out.dtype == wide else large(torch.empty_like(out, dtype=wide))
 
     def add(self, known: Known, grads: Tensor) -> None:
         """grads [E]: dL/dlogps of the group's entries."""

@@ -24,6 +24,7 @@ class Plan:
     state_bytes: int  # what grows with N: results, dhidden in the making, copies of rows
     tile_bytes: int  # workspace of one tile
     kept_bytes: int
+    lent_elements: int = 0  # how many more are kept in memory that the caller lends
 
     @property
     def mode(self) -> str:
@@ -55,7 +56,7 @@ class Plan:
 
     @property
     def _share_again(self) -> float:
-        return 1 - self.kept_elements / self.elements if self.elements else 0.0
+        return 1 - (self.kept_elements + self.lent_elements) / self.elements if self.elements else 0.0
 
     def __str__(self) -> str:
         tiles = f"tiles of {self.row_chunk} x {self.vocab_tile}"
@@ -86,7 +87,9 @@ def plan(
     wide = max(4, dtype.itemsize)  # of logits, and of everything accumulated
     state = num_rows * wide * (16 + hidden_size * (3 if hidden_grad else 1))
     room = DEFAULT_BUDGET if memory_budget is None else memory_budget - state
-    rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, _LARGEST_TILE["cpu" if device == "cpu" else "cuda"])
+    largest_rows, largest_vocab = _LARGEST_TILE["cpu" if device == "cpu" else "cuda"]
+    largest = (min(largest_rows, max(num_rows, 1)), largest_vocab)
+    rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, largest)
     tile = _tile_bytes(rows, vocab, hidden_size, wide)
     if tile > room:
         raise ValueError(
