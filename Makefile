@@ -5,6 +5,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
+# OpenMP threads that wait asleep: those that spin make training some 20 times slower where other programs run too.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: setup demo test lint bench gpu-check clean
 
 setup: $(VENV)/.ready
