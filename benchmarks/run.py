@@ -6,7 +6,7 @@ run in turn in one process. Rows are appended to ``benchmarks/results/results.cs
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -29,7 +29,8 @@ import fastpo.kernels  # noqa: E402
 
 def benches(names: list[str]) -> dict[str, ModuleType]:
     """op name -> its bench module."""
-    ops = sorted(m.name for m in pkgutil.iter_modules(fastpo.kernels.__path__) if m.ispkg and m.name != "common")
+    folders = [m.name for m in pkgutil.iter_modules(fastpo.kernels.__path__) if m.ispkg]
+    ops = sorted(name for name in folders if importlib.util.find_spec(f"fastpo.kernels.{name}.bench"))
     unknown = sorted(set(names) - set(ops))
     if unknown:
         sys.exit(f"--ops has {', '.join(unknown)}; it should name ops of kernels/: {', '.join(ops)}")
