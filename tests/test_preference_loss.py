@@ -13,6 +13,7 @@ import pytest
 import torch
 from preference_loss_cases import EVERY_FIELD, INDEX, LENGTHS, LISTED, Batch
 from preference_loss_common import *  # noqa: F403
+from torch._subclasses import FakeTensorMode
 
 from fastpo import objectives
 from fastpo.dispatch import extension_missing
@@ -235,6 +236,18 @@ def test_opcheck(name, names, monkeypatch):
     torch.library.opcheck(torch.ops.fastpo.preference_loss_bwd.default, flat)
 
 
+@pytest.mark.skipif(NO_CPP is not None, reason=str(NO_CPP))
+def test_fake_tensors(monkeypatch):
+    """Shapes without data, as memory estimators ask for them: eager calls are of the compiled ops, which have fakes."""
+    monkeypatch.setenv("FASTPO_BACKEND", "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logps = torch.zeros(9, requires_grad=True)
+        segments, pairs = Segments(torch.zeros(3, dtype=torch.int64)), Pairs(torch.zeros(4, 2, dtype=torch.int64))
+        out = preference_loss(logps, torch.zeros(9), segments, pairs, objectives.dpo())
+        assert out.scores.shape == (2,) and out.rewards.shape == (4, 2)
+        assert torch.autograd.grad(out.loss, logps)[0].shape == (9,)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_fullgraph(dynamic, monkeypatch):
     """One graph, forward and backward, records and all; the same bits as eager."""
@@ -339,7 +352,7 @@ def test_without_the_compiled_extension():
 
 @pytest.mark.skipif(NO_CPP is not None, reason=str(NO_CPP))
 def test_the_compiled_backend_is_the_default(monkeypatch):
-    from fastpo.kernels.preference_loss.op import OP
+    from fastpo.kernels.preference_loss.backends import OP
 
     monkeypatch.delenv("FASTPO_BACKEND", raising=False)
     assert OP.pick(torch.device("cpu"), torch.float32).name == "cpu"

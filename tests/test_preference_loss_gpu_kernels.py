@@ -16,7 +16,7 @@ from preference_loss_common import *  # noqa: F403
 
 from fastpo import objectives
 from fastpo.dispatch import Backend, Op, always, triton_missing
-from fastpo.kernels.preference_loss import op
+from fastpo.kernels.preference_loss import backends
 from fastpo.kernels.preference_loss.records import Outputs, TokenGrads, Tokens, Tuples, TupleSettings, token_settings
 from fastpo.objectives import Objective, Term
 
@@ -60,9 +60,9 @@ def emulated() -> Emulated:
 def backend(request, monkeypatch) -> str:
     """The name of the backend that the public function uses."""
     if request.param == "cuda":
-        others = [b for b in op.OP.backends if b.name != "cuda"]
+        others = [b for b in backends.OP.backends if b.name != "cuda"]
         own = Backend("cuda", "any", always, always, request.getfixturevalue("emulated"))
-        monkeypatch.setattr(op, "OP", Op("preference_loss", [own, *others]))
+        monkeypatch.setattr(backends, "OP", Op("preference_loss", [own, *others]))
     monkeypatch.setenv("FASTPO_BACKEND", request.param)
     return request.param
 
@@ -81,7 +81,7 @@ def test_a_large_index_is_sorted(backend, monkeypatch):
 
 def direct(backend: str, batch: Batch, cu=None, index=None, shift=0):
     """The kernels below the op, which on a GPU does not look at values, and so lets bad ones through."""
-    impl = next(b.impl for b in op.OP.backends if b.name == backend)
+    impl = next(b.impl for b in backends.OP.backends if b.name == backend)
     logps = torch.cat((torch.zeros(shift), batch.leaves["logps"].float()))[shift:]
     cu = batch.cu if cu is None else cu
     tokens = Tokens(logps, batch.ref.float(), cu, batch.mask, *(None,) * (len(Tokens._fields) - 4))
@@ -129,7 +129,7 @@ def test_tokens_of_no_sequence_get_gradient_zero(backend):
 def test_objectives_too_large_for_cuda_go_to_triton(terms, members, fits):
     coefs = (1.0,) * members
     settings = TupleSettings.of(Objective("large", (Term(coefs),) * terms, nll=coefs))
-    assert (op._not_cuda(torch.float32, settings) is None) == fits
+    assert (backends._not_cuda(torch.float32, settings) is None) == fits
 
 
 def test_many_terms(backend, monkeypatch):

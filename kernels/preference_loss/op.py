@@ -5,17 +5,15 @@ The forward reads every token once and returns, next to the loss, its slope in e
 computes no gradients.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
 from fastpo.objectives import Objective
 from fastpo.types import Pairs, PreferenceOutput, Segments
 
-from . import checks, reference
+from . import backends, checks
 from .records import (
     Outputs,
     TokenGrads,
@@ -32,105 +30,14 @@ from .records import (
     tuples_of,
 )
 
-_TOKENS = (
-    "Tensor? logps, Tensor? ref_logps, Tensor? cu_seqlens, Tensor? mask, Tensor? weights, Tensor? kl, "
-    "Tensor? kl_weights, Tensor? nll_weights, Tensor? token_coefs"
-)
-_TUPLES = "Tensor index, Tensor? tuple_weights, Tensor? margins, Tensor? params, Tensor? beta_scales"
-_TOKEN_SETTINGS = "int phi, float ref_coef, float length_power"
-_TUPLE_SETTINGS = (
-    "int score_map, float score_map_coef, int[] links, float[] table, float[] nll, "
-    "int nll_normalizer, bool mean, float beta"
-)
-_FORWARD = (
-    f"({_TOKENS}, Tensor? scores, {_TUPLES}, {_TOKEN_SETTINGS}, {_TUPLE_SETTINGS}) -> "
-    f"({', '.join(['Tensor'] * len(Outputs._fields))})"
-)
-_SCORES = f"({_TOKENS}, {_TOKEN_SETTINGS}) -> (Tensor, Tensor)"
-_BACKWARD = (
-    f"(Tensor? grad, Tensor? score_grads, Tensor? nll_grads, {_TOKENS}, Tensor lengths, {_TOKEN_SETTINGS}, "
-    f"bool[] needs) -> ({', '.join(['Tensor'] * len(TokenGrads._fields))})"
-)
-
-# The compiled ops take the same arguments as the public ones; C++ and CUDA implement them for their devices.
-_compiled_library = torch.library.Library("fastpo_c", "FRAGMENT")
-_compiled_library.define(f"preference_loss_forward{_FORWARD}")
-_compiled_library.define(f"sequence_scores_forward{_SCORES}")
-_compiled_library.define(f"preference_loss_backward{_BACKWARD}")
-
-
-class _Compiled:
-    """The C++ and CUDA backends: the arguments of reference.py's functions, laid out flat."""
-
-    @staticmethod
-    def forward(tokens: Tokens, scores: Tensor | None, tuples: Tuples, *settings: tuple) -> Outputs:
-        flat = (*tokens, scores, *tuples, *settings[0], *settings[1])
-        return Outputs(*torch.ops.fastpo_c.preference_loss_forward(*flat))
-
-    @staticmethod
-    def scores(tokens: Tokens, setting: TokenSettings) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastpo_c.sequence_scores_forward(*tokens, *setting)
-
-    @staticmethod
-    def backward(grad, score_grads, nll_grads, tokens, lengths, setting, needs) -> TokenGrads:
-        flat = (grad, score_grads, nll_grads, *tokens, lengths, *setting, needs)
-        return TokenGrads(*torch.ops.fastpo_c.preference_loss_backward(*flat))
-
-
-class _Triton:
-    """Imports the kernels when they first run: triton is not installed everywhere."""
-
-    def __getattr__(self, name: str) -> Any:
-        from . import triton_kernels
-
-        return getattr(triton_kernels, name)
-
-
-def _not_float64(dtype: torch.dtype, *_: Any) -> str | None:
-    return "float64 log-probs are handled in float64, in plain PyTorch" if dtype == torch.float64 else None
-
-
-def _not_cuda(dtype: torch.dtype, settings: Any = None) -> str | None:
-    """CUDA's kernels take the objective as an argument, in arrays of the sizes in csrc/preference_loss_tuples.cuh."""
-    if isinstance(settings, TupleSettings):
-        sizes = len(settings.links), len(settings.nll), len(settings.table)
-        if any(size > most for size, most in zip(sizes, (32, 32, 512), strict=True)):
-            return "the objective has too many terms or members; triton takes any number"
-    return _not_float64(dtype)
-
-
-OP = Op(
-    "preference_loss",
-    [
-        Backend("cuda", "cuda", lambda: extension_missing("_cuda"), _not_cuda, _Compiled),
-        Backend("triton", "cuda", triton_missing, _not_float64, _Triton()),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), _not_float64, _Compiled),
-        Backend("torch", "any", always, always, reference),
-    ],
-)
-
-
-def _run(name: str, like: Tensor, tokens: Tokens, index: Tensor | None, num_sequences: int, *args: Any) -> Any:
-    """Calls ``name`` of a backend. Values are checked here: below compilation, and where reading them costs nothing."""
-    backend = OP.pick(like.device, like.dtype, args[-1])
-    function = getattr(backend.impl, name)
-    checks_itself = backend.name == "cpu"
-    if (like.device.type == "cpu" and not checks_itself) or os.environ.get("FASTPO_DEBUG") == "1":
-        checks.check_values(tokens, index, num_sequences)
-    try:
-        return function(tokens, *args)
-    except RuntimeError:
-        if checks_itself:  # C++ has no ValueError to raise
-            checks.check_values(tokens, index, num_sequences)
-        raise
-
+OP = backends.OP  # for fastpo.info
 
 # ---------------------------------------------------------------- ops
 
 _library = torch.library.Library("fastpo", "FRAGMENT")
-_library.define(f"preference_loss_fwd{_FORWARD}")
-_library.define(f"sequence_scores_fwd{_SCORES}")
-_library.define(f"preference_loss_bwd{_BACKWARD}")
+_library.define(f"preference_loss_fwd{backends.FORWARD}")
+_library.define(f"sequence_scores_fwd{backends.SCORES}")
+_library.define(f"preference_loss_bwd{backends.BACKWARD}")
 
 _NT, _NP, _NS = len(Tokens._fields), len(Tuples._fields), len(TokenSettings._fields)
 
@@ -147,56 +54,46 @@ def _unflatten(args: tuple) -> tuple[Tokens, Tensor | None, Tuples, TokenSetting
     )
 
 
-def _forward(*args: Any) -> Outputs:
+def _forward_op(*args: Any) -> Outputs:
     tokens, scores, tuples, token_set, tuple_set = _unflatten(args)
-    like = tokens.logps if scores is None else scores
-    num_sequences = tokens.cu_seqlens.shape[0] - 1 if scores is None else len(scores)
-    return _run("forward", like, tokens, tuples.index, num_sequences, scores, tuples, token_set, tuple_set)
+    return backends.forward(backends.pick(tokens, scores, tuple_set), tokens, scores, tuples, token_set, tuple_set)
 
 
-def _scores(*args: Any) -> tuple[Tensor, Tensor]:
+def _scores_op(*args: Any) -> tuple[Tensor, Tensor]:
     tokens = Tokens(*args[:_NT])
-    num_sequences = tokens.cu_seqlens.shape[0] - 1
-    return _run("scores", tokens.logps, tokens, None, num_sequences, TokenSettings(*args[_NT:]))
+    return backends.scores(backends.pick(tokens), tokens, TokenSettings(*args[_NT:]))
 
 
-def _backward(grad, score_grads, nll_grads, *args: Any) -> TokenGrads:
-    tokens, lengths, needs = Tokens(*args[:_NT]), args[_NT], args[-1]
-    impl = OP.pick(lengths.device, tokens.logps.dtype).impl
-    return impl.backward(grad, score_grads, nll_grads, tokens, lengths, TokenSettings(*args[_NT + 1 : -1]), needs)
+def _backward_op(grad, score_grads, nll_grads, *args: Any) -> TokenGrads:
+    tokens, lengths, setting = Tokens(*args[:_NT]), args[_NT], TokenSettings(*args[_NT + 1 : -1])
+    impl = backends.pick(tokens).impl
+    return impl.backward(grad, score_grads, nll_grads, tokens, lengths, setting, args[-1])
 
 
-for _name, _function in (
-    ("preference_loss_fwd", _forward),
-    ("sequence_scores_fwd", _scores),
-    ("preference_loss_bwd", _backward),
-):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fastpo::preference_loss_fwd", lib=_library)
-def _(*args: Any) -> Outputs:
+def _forward_fake(*args: Any) -> Outputs:
     tokens, scores, tuples, _, _ = _unflatten(args)
     return empty_outputs(tokens, scores, tuples)
 
 
-@torch.library.register_fake("fastpo::sequence_scores_fwd", lib=_library)
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _scores_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return empty_scores(Tokens(*args[:_NT]))
 
 
-@torch.library.register_fake("fastpo::preference_loss_bwd", lib=_library)
-def _(grad, score_grads, nll_grads, *args: Any) -> TokenGrads:
+def _backward_fake(grad, score_grads, nll_grads, *args: Any) -> TokenGrads:
     return empty_grads(Tokens(*args[:_NT]), args[-1])
 
 
+for _name, _compiled, _function, _fake in (
+    ("preference_loss_fwd", "preference_loss_forward", _forward_op, _forward_fake),
+    ("sequence_scores_fwd", "sequence_scores_forward", _scores_op, _scores_fake),
+    ("preference_loss_bwd", "preference_loss_backward", _backward_op, _backward_fake),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastpo::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"fastpo_c::{_compiled}", _fake, lib=backends.LIBRARY)
+
+
 # ---------------------------------------------------------------- autograd
-
-
-def _needs(tokens: Tokens, asked: tuple[bool, ...]) -> list[bool]:
-    """Which of TokenGrads to compute, from which of Tokens require grad."""
-    by_name = dict(zip(Tokens._fields, asked, strict=True))
-    return [by_name[name] for name in TokenGrads._fields]
 
 
 def _kept(tokens: Tokens, needs: list[bool]) -> Tokens:
@@ -209,53 +106,77 @@ def _kept(tokens: Tokens, needs: list[bool]) -> Tokens:
     )
 
 
-def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tokens, scores, _, token_set, _ = _unflatten(inputs)
-    outputs = Outputs(*output)
-    ctx.needs = _needs(tokens, ctx.needs_input_grad[:_NT])
-    ctx.setting = token_set
-    ctx.given = scores is not None
-    ctx.save_for_backward(outputs.score_grads, outputs.nll_grads, outputs.lengths, *_kept(tokens, ctx.needs))
+def _save(ctx: Any, needs: list[bool], tokens: Tokens, setting: TokenSettings, output: tuple, slopes: tuple) -> None:
+    """The caller sets ``ctx.direct``: whether the backward too calls the compiled backend without the public op."""
+    ctx.needs, ctx.setting = needs, setting
+    ctx.save_for_backward(*slopes, *_kept(tokens, needs))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
-    score_grads, nll_grads, lengths, *rest = ctx.saved_tensors
-    nothing = (None,) * (_NP + _NS + len(TupleSettings._fields))
+def _save_loss(ctx: Any, needs: list[bool], groups: tuple, output: tuple) -> None:
+    tokens, scores, _, setting, _ = groups
+    ctx.given = scores is not None
+    *_, lengths, _, _, score_grads, nll_grads = output
+    _save(ctx, needs, tokens, setting, output, (score_grads, nll_grads, lengths))
+
+
+def _loss_grads(ctx: Any, grad: Tensor | None, needs_scores: bool) -> tuple[TokenGrads, Tensor | None]:
+    """Gradients by the token fields and by the scores, None where not needed."""
+    score_grads, nll_grads, lengths, *tokens = ctx.saved_tensors
     if grad is None:
-        return (*(None,) * (_NT + 1), *nothing)
-    of_scores = grad * score_grads if ctx.given and ctx.needs_input_grad[_NT] else None
+        return TokenGrads(*(None,) * len(ctx.needs)), None
+    of_scores = grad * score_grads if needs_scores else None
     own = None if ctx.given else score_grads
-    token_grads = _token_grads(grad, own, nll_grads, Tokens(*rest), lengths, ctx.setting, ctx.needs)
-    return (*token_grads, of_scores, *nothing)
+    return _token_grads(ctx, grad, own, nll_grads, Tokens(*tokens), lengths), of_scores
+
+
+def _scores_grads(ctx: Any, grad: Tensor | None) -> TokenGrads:
+    lengths, *tokens = ctx.saved_tensors
+    if grad is None:
+        return TokenGrads(*(None,) * len(ctx.needs))
+    return _token_grads(ctx, None, grad.contiguous(), None, Tokens(*tokens), lengths)
+
+
+def _token_grads(ctx: Any, grad, score_grads, nll_grads, tokens: Tokens, lengths: Tensor) -> TokenGrads:
+    if not any(ctx.needs):
+        return TokenGrads(*(None,) * len(ctx.needs))
+    grads: Any
+    if ctx.direct:
+        grads = backends.Compiled.backward(grad, score_grads, nll_grads, tokens, lengths, ctx.setting, ctx.needs)
+    else:
+        flat = (grad, score_grads, nll_grads, *tokens, lengths, *ctx.setting, ctx.needs)
+        grads = torch.ops.fastpo.preference_loss_bwd(*flat)
+    return TokenGrads(*(g if needed else None for g, needed in zip(grads, ctx.needs, strict=True)))
+
+
+# As ops: gradients in the order of their arguments.
+
+_GRADS_AT = [Tokens._fields.index(name) for name in TokenGrads._fields]
+
+
+def _by_argument(grads: TokenGrads) -> list[Any]:
+    by_name = grads._asdict()
+    return [by_name.get(name) for name in Tokens._fields]
+
+
+def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.direct = False
+    _save_loss(ctx, [ctx.needs_input_grad[at] for at in _GRADS_AT], _unflatten(inputs), output)
+
+
+def _backward_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
+    grads, of_scores = _loss_grads(ctx, grad, ctx.needs_input_grad[_NT])
+    return (*_by_argument(grads), of_scores, *(None,) * (_NP + _NS + len(TupleSettings._fields)))
 
 
 def _setup_scores(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tokens = Tokens(*inputs[:_NT])
-    ctx.needs = _needs(tokens, ctx.needs_input_grad[:_NT])
-    ctx.setting = TokenSettings(*inputs[_NT:])
-    ctx.save_for_backward(output[1], *_kept(tokens, ctx.needs))
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    ctx.direct, tokens, setting = False, Tokens(*inputs[:_NT]), TokenSettings(*inputs[_NT:])
+    _save(ctx, [ctx.needs_input_grad[at] for at in _GRADS_AT], tokens, setting, output, output[1:])
 
 
 def _backward_scores(ctx: Any, grad: Tensor | None, _: None) -> tuple:
-    lengths, *rest = ctx.saved_tensors
-    if grad is None:
-        return (None,) * (_NT + _NS)
-    token_grads = _token_grads(None, grad.contiguous(), None, Tokens(*rest), lengths, ctx.setting, ctx.needs)
-    return (*token_grads, *(None,) * _NS)
-
-
-def _token_grads(grad, score_grads, nll_grads, tokens: Tokens, lengths, setting, needs: list[bool]) -> list[Any]:
-    """Gradients of the fields of Tokens, None where not needed."""
-    if not any(needs):
-        return [None] * _NT
-    arguments = (grad, score_grads, nll_grads, *tokens, lengths, *setting, needs)
-    grads = dict(zip(TokenGrads._fields, torch.ops.fastpo.preference_loss_bwd(*arguments), strict=True))
-    wanted = dict(zip(TokenGrads._fields, needs, strict=True))
-    return [grads[name] if wanted.get(name) else None for name in Tokens._fields]
+    return (*_by_argument(_scores_grads(ctx, grad)), *(None,) * _NS)
 
 
 torch.library.register_autograd("fastpo::preference_loss_fwd", _backward_loss, setup_context=_setup_loss, lib=_library)
@@ -264,30 +185,56 @@ torch.library.register_autograd(
 )
 
 
+# In eager mode: register_autograd would spend 140 us a call on a schema of this length; and the compiled backends are
+# ops themselves, visible to whatever traces or counts: calling them without the public op in between saves 35 us.
+
+
 class _Loss(torch.autograd.Function):
-    """What register_autograd makes of the op, without the 140 us a call that it spends on a schema of this length."""
+    """``apply(*the differentiable token fields, scores, tokens, tuples, token_set, tuple_set)``"""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = torch.ops.fastpo.preference_loss_fwd(*args)
-        _setup_loss(ctx, args, output)
-        return output
+        scores, tokens, tuples, token_set, tuple_set = args[len(TokenGrads._fields) :]
+        groups = (tokens, scores, tuples, token_set, tuple_set)
+        backend = backends.pick(tokens, scores, tuple_set)
+        ctx.direct = backend.impl is backends.Compiled
+        output: Any
+        if ctx.direct:
+            output = backends.forward(backend, *groups)
+        else:
+            output = torch.ops.fastpo.preference_loss_fwd(*tokens, scores, *tuples, *token_set, *tuple_set)
+        _save_loss(ctx, list(ctx.needs_input_grad[: len(TokenGrads._fields)]), groups, output)
+        return tuple(output)
 
-    backward = staticmethod(_backward_loss)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
+        grads, of_scores = _loss_grads(ctx, grad, ctx.needs_input_grad[len(TokenGrads._fields)])
+        return (*grads, of_scores, None, None, None, None)
 
 
 class _Scores(torch.autograd.Function):
+    """``apply(*the differentiable token fields, tokens, setting)``"""
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        output = torch.ops.fastpo.sequence_scores_fwd(*args)
-        _setup_scores(ctx, args, output)
+        tokens, setting = args[len(TokenGrads._fields) :]
+        backend = backends.pick(tokens)
+        ctx.direct = backend.impl is backends.Compiled
+        output: Any
+        if ctx.direct:
+            output = backends.scores(backend, tokens, setting)
+        else:
+            output = torch.ops.fastpo.sequence_scores_fwd(*tokens, *setting)
+        _save(ctx, list(ctx.needs_input_grad[: len(TokenGrads._fields)]), tokens, setting, output, output[1:])
         return output
 
-    backward = staticmethod(_backward_scores)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+        return (*_scores_grads(ctx, grad), None, None)
 
 
-def _eager_autograd() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _differentiable(tokens: Tokens) -> list[Tensor | None]:
+    return [tokens[at] for at in _GRADS_AT]
 
 
 # ---------------------------------------------------------------- public functions
@@ -337,10 +284,11 @@ def preference_loss(
     assert like is not None
     tokens = tokens_of(logps, ref_logps, segments, like)
     given = None if scores is None else as_float(scores, like)
-    tuples = tuples_of(pairs, objective, like)
-    flat = (*tokens, given, *tuples, *token_settings(objective), *TupleSettings.of(objective))
-    run = _Loss.apply if _eager_autograd() else torch.ops.fastpo.preference_loss_fwd
-    outputs = Outputs(*run(*flat))
+    tuples, settings = tuples_of(pairs, objective, like), (token_settings(objective), TupleSettings.of(objective))
+    if torch.compiler.is_compiling():
+        outputs = torch.ops.fastpo.preference_loss_fwd(*tokens, given, *tuples, *settings[0], *settings[1])
+    else:
+        outputs = _Loss.apply(*_differentiable(tokens), given, tokens, tuples, *settings)
     return PreferenceOutput(*outputs[: len(outputs) - 2])
 
 
@@ -360,5 +308,7 @@ def sequence_scores(
     """
     checks.check_scores(logps, ref_logps, segments, objective)
     tokens = tokens_of(logps, ref_logps, segments, logps)._replace(nll_weights=None, token_coefs=None)
-    run = _Scores.apply if _eager_autograd() else torch.ops.fastpo.sequence_scores_fwd
-    return run(*tokens, *token_settings(objective))[0]
+    setting = token_settings(objective)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastpo.sequence_scores_fwd(*tokens, *setting)[0]
+    return _Scores.apply(*_differentiable(tokens), tokens, setting)[0]

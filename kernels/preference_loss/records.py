@@ -140,7 +140,7 @@ class TokenGrads(NamedTuple):
 def empty_outputs(tokens: Tokens, scores: Tensor | None, tuples: Tuples) -> Outputs:
     """Uninitialised outputs of the right shapes, for fakes and for kernels to fill."""
     like = tokens.logps if scores is None else scores
-    num_sequences = _num_sequences(tokens) if scores is None else scores.shape[0]
+    num_sequences = sequences_of(tokens) if scores is None else scores.shape[0]
     assert like is not None
     per_tuple, per_sequence, per_member = tuples.index.shape[:1], (num_sequences,), tuples.index.shape
     return Outputs(
@@ -159,7 +159,7 @@ def empty_outputs(tokens: Tokens, scores: Tensor | None, tuples: Tuples) -> Outp
 def empty_scores(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Uninitialised [S] scores and [S] lengths."""
     assert tokens.logps is not None
-    shape = (_num_sequences(tokens),)
+    shape = (sequences_of(tokens),)
     return tokens.logps.new_empty(shape), tokens.logps.new_empty(shape, dtype=torch.int64)
 
 
@@ -169,6 +169,6 @@ def empty_grads(tokens: Tokens, needs: list[bool]) -> TokenGrads:
     return TokenGrads(*(tokens.logps.new_empty(tokens.logps.shape if needed else (0,)) for needed in needs))
 
 
-def _num_sequences(tokens: Tokens) -> int:
+def sequences_of(tokens: Tokens) -> int:
     assert tokens.cu_seqlens is not None
     return tokens.cu_seqlens.shape[0] - 1

@@ -10,7 +10,7 @@ from preference_loss_cases import COLUMNS, LISTED, TOKEN_FIELDS, Batch, check
 
 from fastpo import objectives
 from fastpo.kernels.preference_loss import links, preference_loss, sequence_scores
-from fastpo.kernels.preference_loss.op import OP
+from fastpo.kernels.preference_loss.backends import OP
 from fastpo.objectives import LINKS, NLL_NORMALIZERS, PRESETS, SCORE_MAPS, TOKEN_MAPS, Objective, Term
 from fastpo.types import Pairs, Segments
 
