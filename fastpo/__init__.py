@@ -1,6 +1,8 @@
 """fastpo: fused kernels and a fast training loop for iterative preference optimization of language models."""
 
 from fastpo import objectives
+from fastpo.kernels.linear_preference_loss import linear_preference_loss
+from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
 from fastpo.kernels.preference_loss import preference_loss, sequence_scores
 from fastpo.kernels.token_logprobs import token_logprobs
 from fastpo.objectives import Objective, Term
@@ -14,6 +16,8 @@ __all__ = [
     "PreferenceOutput",
     "Segments",
     "Term",
+    "linear_preference_loss",
+    "linear_token_logprobs",
     "objectives",
     "preference_loss",
     "sequence_scores",
