@@ -18,6 +18,12 @@ settings.register_profile("fastpo", deadline=None, derandomize=True, max_example
 settings.load_profile("fastpo")
 
 
+def pytest_configure(config):
+    """A slower backend taken for want of a faster one is an error. Not in pyproject.toml: pytest imports what a filter
+    names before this file, and with fastpo comes triton, whose mode is decided at its import."""
+    config.addinivalue_line("filterwarnings", "error::fastpo.dispatch.SlowBackendWarning")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty returns NaN, so that an output that a kernel forgot to write shows."""
