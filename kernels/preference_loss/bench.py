@@ -5,7 +5,7 @@ TRL 1.16's DPOTrainer computes from per-token log-probs to the loss, for its los
 expects log-probs that are 0 at masked positions, as its fused head gives them, and its gradient of a sum is a view of
 stride 0, written by whoever reads it. ``trl + mask`` multiplies by the completion mask first, as the trainer does with
 ld_alpha and as log-probs from anywhere else need. (The method itself cannot be timed apart from its metrics;
-tests/test_objectives.py calls it.)
+tests/test_objectives_trl.py calls it.)
 """
 
 from collections.abc import Callable
