@@ -1,10 +1,10 @@
 """Benchmark cases of ``linear_preference_loss``: benchmarks/run.py finds and times them.
 
-DPO + NLL from hidden states with the gradients of hidden states and head, sequences of LENGTH tokens of which the first
-ones, the prompt, are masked. Peers get the rows that count alone, which few of them would find by themselves, and so does
-Liger, whose batches [2P, L, H] are cut to the completions. ``torch eager, all rows`` is what trainers do that mask the loss
-but not the head; memory is compared with it. Reference log-probs are zeros, since Liger takes none. Peaks include the
-results, of which the gradient of the weight is most: V * H * 4 bytes.
+DPO + NLL from hidden states with the gradients of hidden states and head, sequences of LENGTH tokens of which the
+first ones, the prompt, are masked. Peers get the rows that count alone, which few of them would find by themselves,
+and so does Liger, whose batches [2P, L, H] are cut to the completions. ``torch eager, all rows`` is what trainers do
+that mask the loss but not the head; memory is compared with it. Reference log-probs are zeros, since Liger takes
+none. Peaks include the results, of which the gradient of the weight is most: V * H * 4 bytes.
 
 ``fastpo, two phases`` is ``linear_token_logprobs`` and ``preference_loss`` at the same memory budget.
 """
