@@ -26,15 +26,15 @@ struct Kernels {
   decltype(&generic::transform_row) transform;
   decltype(&generic::exp_row_kernel) exp;
   decltype(&generic::gradient_kernel) gradient;
-  decltype(&generic::scale_row_dispatch) scale_row;
-  decltype(&generic::scale_transposed_dispatch) scale_transposed;
+  decltype(&generic::copy_rows_dispatch) copy_rows;
+  decltype(&generic::scale_row) scale_row;
   decltype(&generic::add_scaled_dispatch) add_scaled;
 };
 
 #define FASTPO_KERNELS(isa)                                                                                      \
   Kernels {                                                                                                      \
-    isa::transform_row, isa::exp_row_kernel, isa::gradient_kernel, isa::scale_row_dispatch,                      \
-        isa::scale_transposed_dispatch, isa::add_scaled_dispatch                                                 \
+    isa::transform_row, isa::exp_row_kernel, isa::gradient_kernel, isa::copy_rows_dispatch, isa::scale_row,      \
+        isa::add_scaled_dispatch                                                                                 \
   }
 
 Kernels kernels() {
@@ -100,22 +100,30 @@ struct Labels {
   }
 };
 
-// Memory that is about to be written for the first time, and large.
-void huge_pages_op(const Tensor tensor) {
-  use_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+// Has the pages of memory that nobody wrote to yet made by all threads, each its own: threads that meet in one page wait
+// for each other, which costs many times the writing itself.
+void prefault_op(const Tensor tensor) {
+  constexpr int64_t kPage = 4096, kTask = 2 << 20;
+  volatile char* const start = data<char>(tensor);
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  if (bytes < 2 * kTask) return;
+  use_huge_pages(tensor.mutable_data_ptr(), bytes);
+  for_each_task((bytes + kTask - 1) / kTask, bytes, [&](int64_t task) {
+    for (int64_t at = task * kTask; at < std::min(bytes, (task + 1) * kTask); at += kPage) start[at] = start[at];
+  });
 }
 
-// The running maximum and sums of one row, and what they were relative to.
+// The sums of one row, and what they are relative to.
 struct RowSums {
   float* largest;
   double* sums;  // e^t, t e^t and e^2t at a distance of stride
   int64_t stride;
   bool moments;
 
-  // Raises the maximum and returns what sums relative to the old one are multiplied with.
-  float raise(float to, float inverse_temperature) const {
+  // Raises the reference where e^t of y = to would need more headroom; returns what sums so far are multiplied with.
+  float raise(float to, float inverse_temperature, float headroom) const {
     const float before = *largest;
-    if (!(to > before)) return 1;
+    if (!((to - before) * inverse_temperature > headroom)) return 1;
     *largest = to;
     const double shift = before == -std::numeric_limits<float>::infinity()
         ? -1e4
@@ -134,33 +142,40 @@ struct RowSums {
   }
 };
 
-void forward_op(const Tensor z, const std::optional<Tensor> out, const std::optional<Tensor> bias,
-                const Tensor inverse_temperature, const Tensor starts, const Tensor labels, int64_t start, double logit_scale,
-                double logit_softcap, const Tensor largest, const Tensor sums, const Tensor decay, const Tensor picked,
-                const std::optional<Tensor> top, bool moments) {
-  const int64_t rows = z.size(0), width = z.size(1);
+void forward_op(const Tensor z, const std::optional<Tensor> out, const std::optional<Tensor> kept,
+                const std::optional<Tensor> bias, const Tensor inverse_temperature, const Tensor starts, const Tensor labels,
+                int64_t start, double logit_scale, double logit_softcap, double headroom, const Tensor largest,
+                const Tensor sums, const Tensor decay, const Tensor picked, const std::optional<Tensor> top, bool moments) {
+  const int64_t rows = z.size(0), width = z.size(1), stride = z.stride(0);
+  STD_TORCH_CHECK(!out || data(*out) == data(z), "on the CPU the exponentials go over the logits");
   const TileHead head = tile_head(bias, logit_scale, logit_softcap);
   const Labels where(starts, labels, start, width);
   const Kernels kernel = kernels();
-  const Type type = out ? type_of(*out) : Type::float32;
-  const int64_t out_stride = out ? out->stride(0) : 0, element = type == Type::float32 ? 4 : 2;
+  const auto exp_row = kernel.exp(out.has_value(), head.softcap != 0, moments);
   const int k = top ? static_cast<int>(top->size(1)) : 0;
-  const auto exp_row = kernel.exp(out.has_value(), type, head.softcap != 0, moments);
-  for_each_task(rows, rows * width, [&](int64_t row) {
-    float* y = data(z) + row * z.stride(0);
-    char* e = out ? data<char>(*out) + row * out_stride * element : nullptr;
+  const auto of_row = [&](int64_t row) {
+    float* y = data(z) + row * stride;
     const float inverse = data(inverse_temperature)[row];
     const RowSums state{data(largest) + row, data<double>(sums) + row, sums.stride(0), moments};
     const float highest = kernel.transform(y, width, head, k > 0 ? data(*top) + row * top->stride(0) : nullptr, k);
-    data(decay)[row] = state.raise(highest, inverse);
+    data(decay)[row] = state.raise(highest, inverse, static_cast<float>(headroom));
     where.each(row, [&](int64_t entry, int64_t column, bool) { data(picked)[entry] = y[column]; });
-    // A row of nothing but -inf and NaN so far: any finite maximum makes 0 of the former and NaN of the latter.
+    // A row of nothing but -inf and NaN so far: any finite reference makes 0 of the former and NaN of the latter.
     const float m = *state.largest == -std::numeric_limits<float>::infinity() ? 0 : *state.largest;
     double tile[3] = {};
-    exp_row(y, width, head, m, inverse, e, tile);
+    exp_row(y, width, head, m, inverse, tile);
     state.add(tile);
-    if (e == nullptr) return;
-    where.each(row, [&](int64_t, int64_t column, bool) { std::memset(e + column * element, 0, element); });
+    if (out) where.each(row, [&](int64_t, int64_t column, bool) { y[column] = 0; });
+  };
+  constexpr int64_t kBlock = 16;  // rows that are transposed together
+  for_each_task((rows + kBlock - 1) / kBlock, rows * width, [&](int64_t task) {
+    const int64_t first = task * kBlock, last = std::min(rows, first + kBlock);
+    for (int64_t row = first; row < last; ++row) of_row(row);
+    if (!kept) return;
+    const int64_t row_stride = kept->stride(0), element = static_cast<int64_t>(kept->element_size());
+    char* copy = data<char>(*kept) + first * row_stride * element;
+    const float* e = data(z) + first * stride;
+    kernel.copy_rows(type_of(*kept), e, stride, last - first, width, copy, row_stride, kept->stride(1));
   });
 }
 
@@ -182,30 +197,6 @@ void gradient_op(const Tensor z, const Tensor out, const std::optional<Tensor> b
   for (int64_t row = 0; row < rows; ++row) where.put(row, data(values), data(z), row_stride, column_stride);
 }
 
-void rescale_op(const Tensor kept, const Tensor out, const Tensor factor, const Tensor starts, const Tensor labels,
-                int64_t start, const Tensor values) {
-  const int64_t rows = kept.size(0), width = kept.size(1), stride = kept.stride(0);
-  const Labels where(starts, labels, start, width);
-  const Kernels kernel = kernels();
-  const Type type = type_of(kept);
-  const int64_t element = type == Type::float32 ? 4 : 2;
-  const bool by_row = out.stride(1) == 1;
-  const int64_t block = by_row ? 1 : 16;
-  for_each_task((rows + block - 1) / block, rows * width, [&](int64_t task) {
-    const int64_t first = task * block, count = std::min(block, rows - first);
-    const char* e = data<char>(kept) + first * stride * element;
-    float* d = data(out) + first * out.stride(0);
-    if (by_row) {
-      kernel.scale_row(type, e, width, data(factor)[first], d);
-    } else {
-      kernel.scale_transposed(type, e, stride, count, width, data(factor) + first, d, out.stride(1));
-    }
-    for (int64_t row = first; row < first + count; ++row) {
-      where.put(row, data(values), data(out), out.stride(0), out.stride(1));
-    }
-  });
-}
-
 void finish_op(const Tensor product, const Tensor factor, const Tensor starts, const Tensor labels, const Tensor weight,
                const Tensor values, const Tensor out) {
   const int64_t rows = product.size(0), size = product.size(1), stride = weight.stride(0);
@@ -215,7 +206,7 @@ void finish_op(const Tensor product, const Tensor factor, const Tensor starts, c
   const int64_t element = static_cast<int64_t>(type == Type::float32 ? 4 : 2);
   for_each_task(rows, rows * size, [&](int64_t row) {
     float* d = data(out) + row * out.stride(0);
-    kernel.scale_row(Type::float32, data(product) + row * product.stride(0), size, data(factor)[row], d);
+    kernel.scale_row(data(product) + row * product.stride(0), size, data(factor)[row], d);
     where.each(row, [&](int64_t entry, int64_t column, bool) {
       kernel.add_scaled(type, data<char>(weight) + column * stride * element, size, data(values)[entry], d);
     });
@@ -226,9 +217,8 @@ void finish_op(const Tensor product, const Tensor factor, const Tensor starts, c
 }  // namespace fastpo
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo_c, CPU, m) {
-  m.impl("use_huge_pages", TORCH_BOX(&fastpo::huge_pages_op));
+  m.impl("prefault", TORCH_BOX(&fastpo::prefault_op));
   m.impl("linear_tile_forward", TORCH_BOX(&fastpo::forward_op));
   m.impl("linear_tile_gradient", TORCH_BOX(&fastpo::gradient_op));
-  m.impl("linear_tile_rescale", TORCH_BOX(&fastpo::rescale_op));
   m.impl("linear_tile_finish", TORCH_BOX(&fastpo::finish_op));
 }

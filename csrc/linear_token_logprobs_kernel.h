@@ -91,13 +91,11 @@ static float transform_row(float* z, int64_t n, const TileHead& head, float* top
   return highest;
 }
 
-// Adds the sums of e^t over y [n], t = (y - m) inverse_temperature, and writes e^t dy/dx to out if there is one.
-template <class T, bool CAPPED, bool MOMENTS, bool OUT>
-static void exp_row(const float* y, int64_t n, const TileHead& head, float m, float inverse_temperature, void* out,
-                    double* sums) {
+// Adds the sums of e^t over y [n], t = (y - m) inverse_temperature; with OUT, e^t dy/dx takes the place of y.
+template <bool CAPPED, bool MOMENTS, bool OUT>
+static void exp_row(float* y, int64_t n, const TileHead& head, float m, float inverse_temperature, double* sums) {
   const Transform<CAPPED> transform(head);
   const Vf largest = set(m), scale = set(inverse_temperature);
-  T* const typed = static_cast<T*>(out);
   Vf sum[4] = {}, sum_t[4] = {}, sum_squares[4] = {};
   each_vector(n, [&](int64_t i, int lane, int count) __attribute__((always_inline)) {
     const Vf value = load_some(y + i, count, 0.f);
@@ -109,7 +107,7 @@ static void exp_row(const float* y, int64_t n, const TileHead& head, float m, fl
       sum_t[lane] = fma(t, e, sum_t[lane]);
       sum_squares[lane] = fma(e, e, sum_squares[lane]);
     }
-    if constexpr (OUT) store_some(typed + i, transform.sloped(e, value), count);
+    if constexpr (OUT) store_some(y + i, transform.sloped(e, value), count);
   });
   sums[0] += reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
   if constexpr (MOMENTS) {
@@ -118,19 +116,12 @@ static void exp_row(const float* y, int64_t n, const TileHead& head, float m, fl
   }
 }
 
-using ExpRow = void (*)(const float*, int64_t, const TileHead&, float, float, void*, double*);
+using ExpRow = void (*)(float*, int64_t, const TileHead&, float, float, double*);
 
-template <class T>
-static ExpRow exp_row_of(bool capped, bool moments) {
-  if (capped) return moments ? exp_row<T, true, true, true> : exp_row<T, true, false, true>;
-  return moments ? exp_row<T, false, true, true> : exp_row<T, false, false, true>;
-}
-
-// out: whether there is something to write, of this type.
-static ExpRow exp_row_kernel(bool out, Type type, bool capped, bool moments) {
-  if (!out) return moments ? exp_row<float, false, true, false> : exp_row<float, false, false, false>;
-  if (type == Type::bfloat16) return exp_row_of<BFloat16>(capped, moments);
-  return type == Type::float16 ? exp_row_of<Half>(capped, moments) : exp_row_of<float>(capped, moments);
+static ExpRow exp_row_kernel(bool out, bool capped, bool moments) {
+  if (!out) return moments ? exp_row<false, true, false> : exp_row<false, false, false>;
+  if (capped) return moments ? exp_row<true, true, true> : exp_row<true, false, true>;
+  return moments ? exp_row<false, true, true> : exp_row<false, false, true>;
 }
 
 // dL/dz in place of z [n]. Along a row (BY_ROW) the bias changes from element to element and the row's numbers do not;
@@ -160,16 +151,6 @@ using GradientLine = void (*)(float*, int64_t, const TileHead&, const TileRows&,
 static GradientLine gradient_kernel(bool by_row, bool capped) {
   if (by_row) return capped ? gradient_line<true, true> : gradient_line<true, false>;
   return capped ? gradient_line<false, true> : gradient_line<false, false>;
-}
-
-// out = factor e, along a row.
-template <class T>
-static void scale_row(const void* e, int64_t n, float factor, float* out) {
-  const T* typed = static_cast<const T*>(e);
-  const Vf times = set(factor);
-  each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
-    store_some(out + i, load_some(typed + i, count, 0.f) * times, count);
-  });
 }
 
 // x[i] becomes lane i of the vectors: a W x W transposition.
@@ -214,37 +195,44 @@ FASTPO_INLINE void transpose(Vf (&x)[W]) {
 }
 #endif
 
-// The same for some rows at once into the columns of out: out[j * out_stride + i] = factor[i] e[i * stride + j].
+// out[i * row_stride + j * column_stride] = e[i * stride + j], one of the strides being 1.
 template <class T>
-static void scale_transposed(const void* e, int64_t stride, int64_t rows, int64_t n, const float* factor, float* out,
-                             int64_t out_stride) {
-  const T* typed = static_cast<const T*>(e);
+static void copy_rows(const float* e, int64_t stride, int64_t rows, int64_t n, T* out, int64_t row_stride,
+                      int64_t column_stride) {
+  if (column_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      each_vector(n, [&](int64_t j, int, int count) __attribute__((always_inline)) {
+        store_some(out + i * row_stride + j, load_some(e + i * stride + j, count, 0.f), count);
+      });
+    }
+    return;
+  }
   for (int64_t first = 0; first < rows; first += W) {
     const int count = static_cast<int>(rows - first < W ? rows - first : W);
     for (int64_t j = 0; j < n; j += W) {
       const int width = static_cast<int>(n - j < W ? n - j : W);
       Vf block[W];
-      for (int i = 0; i < count; ++i) {
-        block[i] = load_some(typed + (first + i) * stride + j, width, 0.f) * set(factor[first + i]);
-      }
+      for (int i = 0; i < count; ++i) block[i] = load_some(e + (first + i) * stride + j, width, 0.f);
       for (int i = count; i < W; ++i) block[i] = set(0.f);
       transpose(block);
-      for (int v = 0; v < width; ++v) store_some(out + (j + v) * out_stride + first, block[v], count);
+      for (int v = 0; v < width; ++v) store_some(out + (j + v) * column_stride + first, block[v], count);
     }
   }
 }
 
-static void scale_row_dispatch(Type type, const void* e, int64_t n, float factor, float* out) {
-  if (type == Type::float32) scale_row<float>(e, n, factor, out);
-  if (type == Type::bfloat16) scale_row<BFloat16>(e, n, factor, out);
-  if (type == Type::float16) scale_row<Half>(e, n, factor, out);
+static void copy_rows_dispatch(Type type, const float* e, int64_t stride, int64_t rows, int64_t n, void* out,
+                               int64_t row_stride, int64_t column_stride) {
+  if (type == Type::float32) copy_rows(e, stride, rows, n, static_cast<float*>(out), row_stride, column_stride);
+  if (type == Type::bfloat16) copy_rows(e, stride, rows, n, static_cast<BFloat16*>(out), row_stride, column_stride);
+  if (type == Type::float16) copy_rows(e, stride, rows, n, static_cast<Half*>(out), row_stride, column_stride);
 }
 
-static void scale_transposed_dispatch(Type type, const void* e, int64_t stride, int64_t rows, int64_t n, const float* factor,
-                                      float* out, int64_t out_stride) {
-  if (type == Type::float32) scale_transposed<float>(e, stride, rows, n, factor, out, out_stride);
-  if (type == Type::bfloat16) scale_transposed<BFloat16>(e, stride, rows, n, factor, out, out_stride);
-  if (type == Type::float16) scale_transposed<Half>(e, stride, rows, n, factor, out, out_stride);
+// out = factor e, [n]; out may be e.
+static void scale_row(const float* e, int64_t n, float factor, float* out) {
+  const Vf times = set(factor);
+  each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
+    store_some(out + i, load_some(e + i, count, 0.f) * times, count);
+  });
 }
 
 // out += value w, [n].

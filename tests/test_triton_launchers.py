@@ -104,9 +104,8 @@ def step(rows, width=8192, dtype=torch.bfloat16, hidden=4096, bias=None, softcap
     top = torch.empty(rows, top) if top else None
     sums = torch.empty(3, rows, dtype=torch.float64)
     for out in (z.to(dtype), None):
-        triton_kernels.forward(z, out, *first, sums, row, values, top, moments)
+        triton_kernels.forward(z, out, None, *first[:-1], 20.0, row, sums, row, values, top, moments)
     triton_kernels.gradient(z, z.to(dtype), *first, row, torch.empty(3, rows), values)
-    triton_kernels.rescale(z.to(dtype), z.to(dtype), row, starts, labels, start, values)
     weight = torch.empty(8, hidden, dtype=dtype)
     triton_kernels.finish(torch.empty(rows, hidden), row, starts, labels, weight, values, torch.empty(rows, hidden))
 
@@ -149,5 +148,5 @@ def test_token_logprobs_compiles_for_any_batch_once():
 def test_linear_token_logprobs_compiles_for_any_batch_once():
     """All tile functions with all arguments and with none; then no number of rows and no tile compiles anything."""
     kinds, more = map(int, launch(LINEAR_TOKEN_LOGPROBS).split())
-    assert kinds >= 10
+    assert kinds >= 8
     assert more == 0

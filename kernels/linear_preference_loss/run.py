@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpo.kernels.linear_token_logprobs import engine, gemm, statistics
 from fastpo.kernels.linear_token_logprobs.checks import check_values
-from fastpo.kernels.linear_token_logprobs.cpu_kernels import large
+from fastpo.kernels.linear_token_logprobs.cpu_kernels import prefault
 from fastpo.kernels.linear_token_logprobs.engine import Batch, Gradients, Slopes, State
 from fastpo.kernels.linear_token_logprobs.entries import Entries, entries
 from fastpo.kernels.linear_token_logprobs.op import OP as HEAD
@@ -196,7 +196,7 @@ class LentState(State):
         if first_row >= self.lent_rows:
             return super().kept_tile(first_row - self.lent_rows, rows, start, columns, vocab_size)
         at = start * (self.lent.shape[0] // vocab_size) + first_row * columns
-        return self.lent[at : at + rows * columns].view(rows, columns)
+        return gemm.kept_tile(self.lent[at : at + rows * columns], rows, columns)
 
 
 def _state(inputs: Inputs, batch: Batch, plan: Plan, totals: "Totals", with_hidden: bool, topk: int) -> State:
@@ -228,15 +228,15 @@ class Totals:
         self.wide_sums = plan.wide_sums
         self.first = True
         elements = max((each.head.kept_elements for each in plan.groups), default=0)
-        self.kept = large(inputs.weight.new_empty(elements))  # for all groups in turn
+        self.kept = prefault(inputs.weight.new_empty(elements))  # for all groups in turn
         self.sums = {name: self._sum(name) for name, needed in zip(HEAD_GRADS, wanted.head, strict=True) if needed}
 
     def _sum(self, name: str) -> Tensor:
-        out = large(self.outputs[f"d_{name}"])
+        out = prefault(self.outputs[f"d_{name}"])
         wide = gemm.wide(out.dtype)
         if name == "hidden":
             return out.zero_()
-        return out if not self.wide_sums or out.dtype == wide else large(torch.empty_like(out, dtype=wide))
+        return out if not self.wide_sums or out.dtype == wide else prefault(torch.empty_like(out, dtype=wide))
 
     def add(self, known: Known, grads: Tensor) -> None:
         """grads [E]: dL/dlogps of the group's entries."""

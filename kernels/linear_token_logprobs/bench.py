@@ -162,7 +162,7 @@ def ceiling(case: Case) -> tuple[Callable[[Inputs], Any], int]:
 
     def run(inputs: Inputs) -> None:
         x = inputs.hidden.detach()[: min(rows, case.trained_tokens)].contiguous()
-        d = gemm.tile_for_gradient(len(x), width, like=x).zero_() if least == 3 else None
+        d = gemm.kept_tile(x.new_zeros(len(x) * width), len(x), width) if least == 3 else None
         for start in range(0, inputs.weight.shape[0] * case.trained_tokens // len(x), width):
             w = inputs.weight.detach()[start % (inputs.weight.shape[0] - width) :][:width]
             z = gemm.logits(x, w)

@@ -1,9 +1,10 @@
 """A fused LM head, tile by tile: GEMM, statistics, and, once the coefficient of each row is known, the gradients.
 
 The gradient of a row is a combination of vectors that do not depend on what comes upstream, so dhidden is made in the
-forward: with e_v = exp(t_v), ``product_i = sum_v e_iv dy/dz_iv W_v`` over every v but the row's own labels, rescaled as
-the running maximum m rises; then ``dhidden_i = factor_i product_i + sum_e value_e W[label_e]``. Only the weight's
-gradient has to wait for the coefficients: one GEMM on tiles of e that were kept, two where they are made again.
+forward: with e_v = exp(t_v) dy/dz_v, 0 at the row's own labels, ``product_i = sum_v e_iv W_v``, rescaled where the
+reference m of t rises; then ``dhidden_i = factor_i product_i + sum_e value_e W[label_e]``. Only the weight's gradient
+has to wait for the coefficients: ``dW_v = sum_i e_iv (factor_i x_i) + sum_e value_e x[row_e]``, one GEMM on tiles of e
+that were kept, two where the logits are made again.
 
     state = forward(head, batch, plan, ...)              # 1F; 2F with dhidden in the making
     slopes = Slopes.of(...)                              # from dL/dlogps
@@ -32,6 +33,10 @@ class Head:
     lora_b: Tensor | None = None  # [V, r]
     logit_scale: float = 1.0
     logit_softcap: float = 0.0  # 0: none
+
+    @property
+    def scalars(self) -> tuple[float, float]:
+        return self.logit_scale, self.logit_softcap
 
     def tile(self, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight [v, H], LoRA's B [v, r] and bias [v] of some vocabulary entries, as GEMMs and kernels take them."""
@@ -62,13 +67,13 @@ class Batch:
 class State:
     """What the forward finds of R rows with E entries. In a vocabulary shard: of this shard alone."""
 
-    largest: Tensor  # [R] m, the largest y
+    largest: Tensor  # [R] m, what t = (y - m) / temperature is relative to: near the largest y or above it
     sums: Tensor  # [3, R] float64, of e^t, t e^t, e^2t
     picked: Tensor  # [E] y of each entry's label; NaN where no tile has the label
     top: Tensor | None  # [R, k] the largest y, descending
     product: Tensor | None  # [R, H] relative to m; None where dhidden is not wanted
     lora_product: Tensor | None  # [R, r] the same with LoRA's B in place of W
-    kept: Tensor  # [n] e of the first tiles: row chunk by row chunk, each tile contiguous
+    kept: Tensor  # [n] e of the first tiles: row chunk by row chunk, each tile in one piece
     references: Tensor  # [tiles, R] m at the time of each kept tile
 
     @staticmethod
@@ -94,9 +99,10 @@ class State:
 
     def kept_tile(self, first_row: int, rows: int, start: int, columns: int, vocab_size: int) -> Tensor | None:
         """The place of a tile [rows, columns] among the kept ones; None beyond their number."""
-        offset = first_row * vocab_size + rows * start
-        size = rows * columns
-        return self.kept[offset : offset + size].view(rows, columns) if offset + size <= self.kept.numel() else None
+        offset, size = first_row * vocab_size + rows * start, rows * columns
+        if offset + size > self.kept.numel():
+            return None
+        return gemm.kept_tile(self.kept[offset : offset + size], rows, columns)
 
 
 def _tiles(vocab_size: int, width: int) -> Iterator[tuple[int, int, int]]:
@@ -126,18 +132,25 @@ def _forward_rows(
     for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
         w, lora_b, bias = head.tile(start, stop)
         z = _logits(part, w, lora_b, gemm.logits)
-        e = state.kept_tile(first, last - first, start, stop - start, vocab_size)
-        kept = e is not None
-        if e is None and state.product is not None:
-            e = gemm.tile_like(z, w)
-        scalars = (start, head.logit_scale, head.logit_softcap)
-        kernels.forward(z, e, bias, *rows, *scalars, *results)
-        if kept:
+        kept = state.kept_tile(first, last - first, start, stop - start, vocab_size)
+        wanted = kept is not None or state.product is not None
+        e = gemm.tile_for_product(z, w, kept) if wanted else None
+        copy = kept if kept is not e else None
+        kernels.forward(z, e, copy, bias, *rows, start, *head.scalars, _headroom(head.weight.dtype), *results)
+        if kept is not None:
             state.references[number, first:last] = state.largest[first:last]
         if state.product is not None and e is not None:
             _accumulate(state.product[first:last], e, w, decay, number == 0)
         if state.lora_product is not None and e is not None and lora_b is not None:
             _accumulate(state.lora_product[first:last], e, lora_b, decay, number == 0)
+
+
+def _headroom(dtype: torch.dtype) -> float:
+    """How far t may be above 0 before the reference of the row is raised: e^t must be finite in the weight's type.
+
+    Not at every new maximum, so that on a CPU nearly all tiles of a row have the same reference.
+    """
+    return 10.0 if dtype == torch.float16 else 20.0
 
 
 def _logits(part: Batch, w: Tensor, lora_b: Tensor | None, product) -> Tensor:
@@ -233,53 +246,90 @@ def head_gradients(
     head: Head, batch: Batch, plan: Plan, state: State, slopes: Slopes, into: Gradients, kernels: ModuleType,
     accumulate: bool = False,
 ) -> None:  # fmt: skip
-    """Writes the gradients in ``into``: each tile's dL/dz [R, v] once, from what was kept or from its logits again.
+    """Writes the gradients in ``into``, tile by tile of the vocabulary, from what was kept or from the logits again.
 
-    The weight's gradient is summed over rows in fp32 and rounded once. ``accumulate`` adds to the head's gradients.
+    The head's gradients are summed over rows in fp32 and rounded once. ``accumulate`` adds to them.
     """
     vocab_size = head.weight.shape[0]
+    ones = torch.ones_like(batch.x[:, :1])
+    factors = {
+        name: m
+        for name, m in (("weight", batch.x), ("bias", ones), ("lora_b", batch.u))
+        if getattr(into, name) is not None
+    }
+    kept = Kept.of(batch, state, slopes, factors, vocab_size)
     for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
-        w, lora_b, bias = head.tile(start, stop)
-        sums = dict.fromkeys(("weight", "bias", "lora_b"))
+        operands, totals, kept_rows = head.tile(start, stop), {}, 0
         for first, last, part in batch.chunks(plan.row_chunk):
             rows = slice(first, last)
-            d = _tile_gradient(head, part, state, slopes, rows, (number, start, stop), (w, lora_b, bias), kernels)
-            if into.weight is not None:
-                sums["weight"] = _plus(sums["weight"], gemm.outer(d, part.x))
-            if into.bias is not None:
-                sums["bias"] = _plus(sums["bias"], d.sum(dim=0, dtype=gemm.wide(d.dtype)))
-            if into.lora_b is not None:
-                sums["lora_b"] = _plus(sums["lora_b"], gemm.small(d.t(), part.u))
+            d = state.kept_tile(first, last - first, start, stop - start, vocab_size) if slopes.only_a else None
+            if d is None:
+                d = _tile_gradient(head, part, slopes, rows, start, operands, kernels)
+                multiplied = {name: m[rows] for name, m in factors.items()}
+            else:
+                multiplied, kept_rows = kept.scaled(rows, number), last
+            for name, m in multiplied.items():
+                product = gemm.outer(d, m) if name == "weight" else gemm.narrow_outer(d, m)
+                totals[name] = totals[name].add_(product) if name in totals else product
             if into.x is not None:
-                into.x[rows] += gemm.times(d, w)
+                into.x[rows] += gemm.times(d, operands[0])
             if into.u is not None:
-                into.u[rows] += gemm.small(d, lora_b)
-        for name, total in sums.items():
-            if total is not None:
-                out = getattr(into, name)[start:stop]
-                out.add_(total) if accumulate else out.copy_(total)
+                into.u[rows] += gemm.small(d, operands[1])
+        for name, total in totals.items():
+            if kept_rows:
+                kept.add_labels(name, total, start, stop, kept_rows, kernels)
+            out = getattr(into, name)[start:stop].view(total.shape)
+            out.add_(total) if accumulate else out.copy_(total)
 
 
 def _tile_gradient(
-    head: Head, part: Batch, state: State, slopes: Slopes, rows: slice, tile: tuple[int, int, int], operands, kernels
+    head: Head, part: Batch, slopes: Slopes, rows: slice, start: int, operands: tuple, kernels: ModuleType
 ) -> Tensor:
-    """dL/dz [R, v] of one tile (number, start, stop) of the vocabulary, as ``gemm.outer`` takes it."""
-    number, start, stop = tile
+    """dL/dz [R, v] of one tile, from its logits computed again, as ``gemm.outer`` takes it."""
     w, lora_b, bias = operands
-    entries, inverse_temperature = part.entries, part.inverse_temperature
-    kept = state.kept_tile(rows.start, rows.stop - rows.start, start, stop - start, head.weight.shape[0])
-    if kept is not None and slopes.only_a:
-        d = gemm.tile_for_gradient(*kept.shape, like=w)
-        factor = slopes.factor(rows, state.references[number, rows], inverse_temperature)
-        kernels.rescale(kept, d, factor, entries.starts, entries.labels, start, slopes.values)
-        return d
     z = _logits(part, w, lora_b, gemm.logits_for_gradient)
-    d = gemm.tile_like(z, w)
-    scalars = (start, head.logit_scale, head.logit_softcap)
-    whole = (slopes.largest[rows], slopes.log_sum[rows], slopes.coefs[:, rows], slopes.values)
-    kernels.gradient(z, d, bias, inverse_temperature, entries.starts, entries.labels, *scalars, *whole)
+    d = gemm.tile_for_product(z, w)
+    where = (part.inverse_temperature, part.entries.starts, part.entries.labels, start, *head.scalars)
+    kernels.gradient(
+        z, d, bias, *where, slopes.largest[rows], slopes.log_sum[rows], slopes.coefs[:, rows], slopes.values
+    )
     return d
 
 
-def _plus(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total.add_(term)
+@dataclass(frozen=True)
+class Kept:
+    """How kept tiles become gradients of the head: ``e^T (factor m) + sum over labels of value_e m[row_e]``."""
+
+    batch: Batch
+    state: State
+    slopes: Slopes
+    m: dict[str, Tensor]  # [R, k] what dL/dz is multiplied with, by the name of the gradient
+    starts: Tensor  # [V+1] int64: the entries whose label is v are starts[v]:starts[v+1] of the next two
+    owners: Tensor  # [E] int64, computed rows of the entries in the order of their labels
+    values: Tensor  # [E] dL/dz at the labels, likewise
+    last: dict[int, tuple[Tensor, dict[str, Tensor]]]  # of each row chunk: reference, and m scaled for it
+
+    @staticmethod
+    def of(batch: Batch, state: State, slopes: Slopes, m: dict[str, Tensor], vocab_size: int) -> "Kept":
+        labels, order = torch.sort(batch.entries.labels, stable=True)
+        starts = torch.searchsorted(labels, torch.arange(vocab_size + 1, device=labels.device))
+        return Kept(batch, state, slopes, m, starts, batch.entries.owners[order], slopes.values[order], {})
+
+    def scaled(self, rows: slice, number: int) -> dict[str, Tensor]:
+        """m of some rows times the factor that e of this tile needs."""
+        reference = self.state.references[number, rows]
+        known = self.last.get(rows.start)
+        if known is not None and reference.device.type == "cpu" and torch.equal(known[0], reference):
+            return known[1]
+        factor = self.slopes.factor(rows, reference, self.batch.inverse_temperature[rows])
+        scaled = {name: (m[rows] * factor[:, None]).to(m.dtype) for name, m in self.m.items()}
+        self.last[rows.start] = reference, scaled
+        return scaled
+
+    def add_labels(self, name: str, total: Tensor, start: int, stop: int, kept_rows: int, kernels: ModuleType) -> None:
+        """Adds the part of the labels [start, stop) in the first ``kept_rows`` rows to total [stop - start, k]."""
+        values = self.values
+        if kept_rows < self.batch.x.shape[0]:
+            values = torch.where(self.owners < kept_rows, values, 0)
+        one = torch.ones_like(total[:, 0])
+        kernels.finish(total, one, self.starts[start : stop + 1], self.owners, self.m[name], values, total)

@@ -11,7 +11,7 @@
   low-precision operands are widened first.
 
 oneDNN multiplies by a matrix of any strides at full speed but copies its first operand unless that is contiguous, so
-``tile_for_gradient`` hands out tiles in the layout that ``outer`` wants, as a [R, v] view.
+``logits_for_gradient`` and ``kept_tile`` give tiles in the layout that ``outer`` wants, as [R, v] views.
 """
 
 import threading
@@ -33,9 +33,12 @@ class Tally(threading.local):
 tally = Tally()
 
 
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
 def _onednn(x: Tensor) -> bool:
-    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return usable and x.device.type == "cpu" and x.dtype == torch.float32
+    return _has_onednn() and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:
@@ -55,20 +58,22 @@ def logits(x: Tensor, w: Tensor) -> Tensor:
 
 
 def logits_for_gradient(x: Tensor, w: Tensor) -> Tensor:
-    """``logits`` in the layout of ``tile_for_gradient``."""
+    """``logits`` in the layout that ``outer`` wants."""
     return _linear(w.contiguous(), x).t() if _onednn(x) else _mm(x, w.t())
 
 
-def tile_like(z: Tensor, w: Tensor) -> Tensor:
-    """Where a tile goes that z [R, v] becomes and that is multiplied with w: z itself where the types agree."""
+def tile_for_product(z: Tensor, w: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Where a tile goes that logits z [R, v] become, to be multiplied with w: on a GPU where it is kept, if it is."""
+    if kept is not None and z.device.type != "cpu":
+        return kept
     return z if z.dtype == w.dtype else torch.empty_like(z, dtype=w.dtype)
 
 
-def tile_for_gradient(rows: int, columns: int, like: Tensor) -> Tensor:
-    """An uninitialised tile [rows, columns] of ``like``'s type on its device, for ``outer``."""
-    if _onednn(like):
-        return torch.empty(columns, rows, dtype=like.dtype, device=like.device).t()
-    return torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+def kept_tile(memory: Tensor, rows: int, columns: int) -> Tensor:
+    """A tile [rows, columns] in flat memory of that size, in the layout that ``outer`` wants."""
+    if memory.device.type == "cpu" and _has_onednn():
+        return memory.view(columns, rows).t()
+    return memory.view(rows, columns)
 
 
 def times(e: Tensor, w: Tensor) -> Tensor:
@@ -79,7 +84,15 @@ def times(e: Tensor, w: Tensor) -> Tensor:
 
 def outer(d: Tensor, x: Tensor) -> Tensor:
     """d [R, v], x [R, H] -> d^T x [v, H] fp32."""
+    d = operand(d)
     return _linear(d.t().contiguous(), x.t()) if _onednn(d) else _mm(d.t(), x)
+
+
+def narrow_outer(d: Tensor, m: Tensor) -> Tensor:
+    """``outer`` with a m [R, r] of few columns: LoRA's rank, or 1 for the sums of d's columns, which are no GEMM."""
+    if m.shape[1] == 1 and m.dtype in (torch.float32, torch.float64):
+        return torch.mv(operand(d).t(), m[:, 0])[:, None]
+    return small(d.t(), m)
 
 
 def small(a: Tensor, b: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def spec(
 def forward(
     z: Tensor,  # [R, v]; overwritten
     out: Tensor | None,  # [R, v]: e^t dy/dz without its factor logit_scale / temperature; 0 at the rows' own labels
+    kept: Tensor | None,  # [R, v], any strides: the same, for the backward
     bias: Tensor | None,  # [v]
     inverse_temperature: Tensor,  # [R]
     starts: Tensor,  # [R+1] int64: the entries of row i are starts[i]:starts[i+1]
@@ -50,7 +51,8 @@ def forward(
     start: int,  # vocabulary entry of the tile's first column
     logit_scale: float,
     logit_softcap: float,  # 0: none
-    largest: Tensor,  # [R]: m, raised to this tile's largest y; -inf before the first tile
+    headroom: float,  # how far t may be above 0
+    largest: Tensor,  # [R]: m; -inf before the first tile; raised to this tile's largest y where headroom would not do
     sums: Tensor,  # [3, R] float64: of e^t, t e^t (t finite) and e^2t over the tiles so far, updated
     decay: Tensor,  # [R], written: what sums relative to m before this tile are multiplied with
     picked: Tensor,  # [E]: y at the labels that are in this tile, written
@@ -60,7 +62,8 @@ def forward(
     """The logits of one more tile: statistics so far, and out."""
     y = z if bias is None else z + bias
     y = from_logits.softcapped(y * logit_scale, logit_softcap)
-    highest = torch.maximum(largest, y.amax(dim=1))
+    highest = y.amax(dim=1)
+    highest = torch.where((highest - largest) * inverse_temperature > headroom, highest, largest)
     finite = torch.where(highest == -torch.inf, 0.0, highest)  # of nothing but -inf: any finite m makes zeros of them
     shift = torch.where(largest == highest, 0.0, (largest - finite) * inverse_temperature).clamp_min(-1e4)
     decay.copy_(shift.exp())
@@ -81,6 +84,8 @@ def forward(
         e = e * (1 - (y / logit_softcap).square())
     e[owner, column] = 0
     out.copy_(e)
+    if kept is not None:
+        kept.copy_(e)
 
 
 def gradient(
@@ -111,22 +116,8 @@ def gradient(
     out.copy_(_with_labels(d, starts, labels, start, values))
 
 
-def rescale(
-    kept: Tensor,  # [R, v], as forward wrote it
-    out: Tensor,  # [R, v], written
-    factor: Tensor,  # [R]
-    starts: Tensor,  # [R+1] int64
-    labels: Tensor,  # [E] int64
-    start: int,
-    values: Tensor,  # [E]
-) -> None:
-    """``out = factor * kept``, and values at the labels."""
-    d = kept.to(factor.dtype) * factor[:, None]
-    out.copy_(_with_labels(d, starts, labels, start, values))
-
-
 def finish(
-    product: Tensor,  # [R, H]: kept times weight, summed over the tiles
+    product: Tensor,  # [R, H]; may be out
     factor: Tensor,  # [R]
     starts: Tensor,  # [R+1] int64
     labels: Tensor,  # [E] int64
@@ -134,7 +125,10 @@ def finish(
     values: Tensor,  # [E]
     out: Tensor,  # [R, H], written
 ) -> None:
-    """``out_i = factor_i product_i + sum over the entries of row i of value_e weight[label_e]``: dhidden."""
+    """``out_i = factor_i product_i + sum over the entries of row i of value_e weight[label_e]``.
+
+    dhidden; and dweight, its rows in the place of hidden's and the other way round.
+    """
     owner, column, which = _labels_of_tile(starts, labels, 0, weight.shape[0])
     d = factor[:, None] * product
     d.index_put_((owner,), values[which, None] * weight[column].to(d.dtype), accumulate=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastpo.dispatch import Op
 from fastpo.kernels.linear_token_logprobs import engine, gemm, parallel, statistics
 from fastpo.kernels.linear_token_logprobs.checks import check_values
-from fastpo.kernels.linear_token_logprobs.cpu_kernels import large
+from fastpo.kernels.linear_token_logprobs.cpu_kernels import prefault
 from fastpo.kernels.linear_token_logprobs.engine import Batch, Gradients, Head, Slopes, State
 from fastpo.kernels.linear_token_logprobs.entries import Entries, entries
 from fastpo.kernels.linear_token_logprobs.planning import Plan, plan
@@ -59,7 +59,7 @@ class Inputs:
 
     def batch(self, found: Entries) -> Batch:
         """The rows that are computed, as the GEMMs take them."""
-        x = gemm.operand(found.compact_rows(self.hidden))
+        x = gemm.operand(found.compact_rows(self.hidden)).contiguous()
         u = None if self.lora_a is None else (gemm.small(x, self.lora_a.t()) * self.lora_scale).to(x.dtype)
         if self.temperatures is None:
             inverse = torch.full((found.num_rows,), 1 / self.temperature, dtype=gemm.wide(x.dtype), device=x.device)
@@ -123,7 +123,7 @@ def forward(
     offset, vocab_size = parallel.vocab_range(inputs.weight.shape[0], inputs.weight.device, group)
     values = (inputs.labels, inputs.rows, inputs.temperatures, label_set)
     check_values(*values, inputs.hidden.shape[0], vocab_size, inputs.ignore_index)
-    outputs = {name: large(tensor) for name, tensor in allocate(inputs, stats, hidden_grad, head_grad).items()}
+    outputs = allocate(inputs, stats, hidden_grad, head_grad)
     wanted = [name for name in STATS if name in stats.split(",")]
     found = inputs.entries(offset)
     _zero_rest(outputs, found)
@@ -131,6 +131,8 @@ def forward(
         for name in ("logps", *STATS):
             outputs[name].zero_()
         return list(outputs.values())
+    prefault(outputs["kept"][: found.num_rows * inputs.weight.shape[0]])
+    prefault(outputs["product"][: found.num_rows])
     batch, head = inputs.batch(found), inputs.head
     state = _state(outputs, found, min(topk, vocab_size) if {"topk_mass", "topk_entropy"} & set(wanted) else 0)
     kernels = op.pick(inputs.weight.device, inputs.weight).impl
@@ -169,7 +171,7 @@ def backward(
     """
     group = parallel.resolve(inputs.group)
     offset, _ = parallel.vocab_range(inputs.weight.shape[0], inputs.weight.device, group)
-    grads = [large(grad) for grad in empty_gradients(inputs, wanted)]
+    grads = [prefault(grad) for grad in empty_gradients(inputs, wanted)]
     found = inputs.entries(offset)
     if found.num_rows == 0:
         return [grad.zero_() for grad in grads]

@@ -1,6 +1,6 @@
 """The tile functions of reference.py in Triton: a program holds one row of a tile in registers, so each is one read.
 
-Between the GEMMs a tile is read and written once by ``forward``, ``gradient`` and ``rescale`` each. A tile has at most
+Between the GEMMs a tile is read and written once by ``forward`` and ``gradient`` each. A tile has at most
 8192 vocabulary entries (planning.py): 16 registers a thread. No atomics: a row's labels are visited in order.
 
 A pointer that is None in a kernel is an input that is not there, or an output that nobody asked for.
@@ -43,6 +43,7 @@ def _forward_kernel(
     width,  # v
     logit_scale,
     softcap,  # None: no cap
+    headroom,
     largest_ptr,  # [R]
     sums_ptr,  # [3, R] fp64
     sums_stride,
@@ -62,7 +63,8 @@ def _forward_kernel(
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
 
     before = tl.load(largest_ptr + row)
-    highest = tl.maximum(before, tl.max(y, 0))
+    highest = tl.max(y, 0)
+    highest = tl.where((highest - before) * inverse_temperature > headroom, highest, before)
     finite = tl.where(highest == -float("inf"), 0.0, highest)
     shift = tl.where(before == highest, 0.0, tl.maximum((before - finite) * inverse_temperature, NEGLIGIBLE))
     decay = tl.exp(shift)
@@ -148,28 +150,6 @@ def _gradient_kernel(
     tl.store(out_ptr + row * out_stride + cols, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["start"])
-def _rescale_kernel(
-    kept_ptr,  # [R, v]
-    kept_stride,
-    out_ptr,  # [R, v]
-    out_stride,
-    factor_ptr,  # [R]
-    starts_ptr,
-    labels_ptr,
-    start,
-    width,
-    values_ptr,  # [E]
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < width
-    d = tl.load(kept_ptr + row * kept_stride + cols, mask=inside, other=0.0).to(tl.float32) * tl.load(factor_ptr + row)
-    d = _with_labels(d, row, cols, width, starts_ptr, labels_ptr, values_ptr, start)
-    tl.store(out_ptr + row * out_stride + cols, d.to(out_ptr.dtype.element_ty), mask=inside)
-
-
 @triton.jit
 def _finish_kernel(
     product_ptr,  # [R, H] fp32
@@ -207,15 +187,17 @@ def _shape(width: int) -> dict[str, int]:
 
 
 def forward(
-    z, out, bias, inverse_temperature, starts, labels, start, logit_scale, logit_softcap, largest, sums, decay, picked,
-    top, moments,
+    z, out, kept, bias, inverse_temperature, starts, labels, start, logit_scale, logit_softcap, headroom, largest, sums,
+    decay, picked, top, moments,
 ) -> None:  # fmt: skip
     with torch.cuda.device_of(z):
         _forward_kernel[(z.shape[0],)](
             z, z.stride(0), out, 0 if out is None else out.stride(0), bias, inverse_temperature, starts, labels, start,
-            z.shape[1], logit_scale, logit_softcap or None, largest, sums, sums.stride(0), decay, picked,
+            z.shape[1], logit_scale, logit_softcap or None, headroom, largest, sums, sums.stride(0), decay, picked,
             top, 0 if top is None else top.shape[1], MOMENTS=moments, VEC=4, **_shape(z.shape[1]),
         )  # fmt: skip
+    if kept is not None:  # on a GPU, out is where it is kept
+        kept.copy_(out)
 
 
 def gradient(
@@ -227,19 +209,6 @@ def gradient(
         _gradient_kernel[(z.shape[0],)](
             z, z.stride(0), written, written.stride(0), bias, inverse_temperature, starts, labels, start, z.shape[1],
             logit_scale, logit_softcap or None, largest, log_sum, coefs, coefs.stride(0), values, **_shape(z.shape[1]),
-        )  # fmt: skip
-    if written is not out:
-        out.copy_(written)
-
-
-def rescale(
-    kept: Tensor, out: Tensor, factor: Tensor, starts: Tensor, labels: Tensor, start: int, values: Tensor
-) -> None:
-    written = _by_row(out)
-    with torch.cuda.device_of(kept):
-        _rescale_kernel[(kept.shape[0],)](
-            kept, kept.stride(0), written, written.stride(0), factor, starts, labels, start, kept.shape[1], values,
-            **_shape(kept.shape[1]),
         )  # fmt: skip
     if written is not out:
         out.copy_(written)
@@ -264,10 +233,10 @@ def finish(
 _TYPES = {
     "z_ptr": "*fp32:16", "z_stride": "i32:16", "out_stride": "i32:16", "bias_ptr": "*fp32:16", "starts_ptr": "*i64:16",
     "inverse_temperature_ptr": "*fp32:16", "labels_ptr": "*i64:16", "start": "i32", "width": "i32:16",
-    "logit_scale": "fp32", "softcap": "fp32", "largest_ptr": "*fp32:16", "sums_ptr": "*fp64:16",
+    "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "largest_ptr": "*fp32:16", "sums_ptr": "*fp64:16",
     "sums_stride": "i32",
     "decay_ptr": "*fp32:16", "picked_ptr": "*fp32:16", "top_ptr": "*fp32:16", "topk": "i32", "log_sum_ptr": "*fp32:16",
-    "coefs_ptr": "*fp32:16", "coefs_stride": "i32", "values_ptr": "*fp32:16", "kept_stride": "i32:16",
+    "coefs_ptr": "*fp32:16", "coefs_stride": "i32", "values_ptr": "*fp32:16",
     "factor_ptr": "*fp32:16", "product_ptr": "*fp32:16", "product_stride": "i32:16", "weight_stride": "i32:16",
     "vocab": "i32:16", "size": "i32:16",
 }  # fmt: skip
@@ -277,7 +246,7 @@ def _aot(kernel: Any, label: str, dtype: str, absent: tuple[str, ...] = (), **co
     """How the launchers compile ``kernel`` for GEMM operands of ``dtype``, with the arguments in ``absent`` None."""
     element = f"*{dtype}:16"
     out = "*fp32:16" if kernel is _finish_kernel else element
-    types = _TYPES | {"out_ptr": out, "kept_ptr": element, "weight_ptr": element}
+    types = _TYPES | {"out_ptr": out, "weight_ptr": element}
     shape = {"BLOCK": HIDDEN_BLOCK} if kernel is _finish_kernel else {"BLOCK": WIDEST}
     constants = shape | constexprs | dict.fromkeys(absent)
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
@@ -294,7 +263,6 @@ AOT = [
         _aot(_forward_kernel, "everything", dtype, MOMENTS=True, VEC=4),
         _aot(_gradient_kernel, "plain", dtype, ("bias_ptr", "softcap")),
         _aot(_gradient_kernel, "everything", dtype),
-        _aot(_rescale_kernel, "plain", dtype),
         _aot(_finish_kernel, "plain", dtype),
     )
 ]
