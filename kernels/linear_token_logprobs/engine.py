@@ -241,6 +241,11 @@ class Gradients:
     x: Tensor | None = None  # [R, H] float32, zeroed: where dhidden was not made in the forward
     u: Tensor | None = None  # [R, r] likewise
 
+    def multiplied(self, batch: Batch) -> dict[str, Tensor]:
+        """By name of the head's gradients that are wanted, the m [R, k] that they are the product (dL/dz)^T m with."""
+        found = {"weight": batch.x, "bias": torch.ones_like(batch.x[:, :1]), "lora_b": batch.u}
+        return {name: m for name, m in found.items() if m is not None and getattr(self, name) is not None}
+
 
 def head_gradients(
     head: Head, batch: Batch, plan: Plan, state: State, slopes: Slopes, into: Gradients, kernels: ModuleType,
@@ -251,15 +256,11 @@ def head_gradients(
     The head's gradients are summed over rows in fp32 and rounded once. ``accumulate`` adds to them.
     """
     vocab_size = head.weight.shape[0]
-    ones = torch.ones_like(batch.x[:, :1])
-    factors = {
-        name: m
-        for name, m in (("weight", batch.x), ("bias", ones), ("lora_b", batch.u))
-        if getattr(into, name) is not None
-    }
+    factors = into.multiplied(batch)
     kept = Kept.of(batch, state, slopes, factors, vocab_size)
     for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
-        operands, totals, kept_rows = head.tile(start, stop), {}, 0
+        operands, kept_rows = head.tile(start, stop), 0
+        totals: dict[str, Tensor] = {}
         for first, last, part in batch.chunks(plan.row_chunk):
             rows = slice(first, last)
             d = state.kept_tile(first, last - first, start, stop - start, vocab_size) if slopes.only_a else None
