@@ -181,11 +181,11 @@ void forward_op(const Tensor z, const std::optional<Tensor> out, const std::opti
 
 void gradient_op(const Tensor z, const Tensor out, const std::optional<Tensor> bias, const Tensor inverse_temperature,
                  const Tensor starts, const Tensor labels, int64_t start, double logit_scale, double logit_softcap,
-                 const Tensor largest, const Tensor log_sum, const Tensor coefs, const Tensor values) {
+                 const Tensor centre, const Tensor rest, const Tensor coefs, const Tensor values) {
   const int64_t rows = z.size(0), width = z.size(1), row_stride = z.stride(0), column_stride = z.stride(1);
   STD_TORCH_CHECK(data(out) == data(z) && out.stride(0) == row_stride, "on the CPU the gradient goes over the logits");
   const TileHead head = tile_head(bias, logit_scale, logit_softcap);
-  const TileRows of{data(inverse_temperature), data(largest), data(log_sum), data(coefs), coefs.stride(0)};
+  const TileRows of{data(inverse_temperature), data(centre), data(rest), data(coefs), coefs.stride(0)};
   const Labels where(starts, labels, start, width);
   const bool by_row = column_stride == 1;
   const auto gradient = kernels().gradient(by_row, head.softcap != 0);

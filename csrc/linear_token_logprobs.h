@@ -17,8 +17,8 @@ struct TileHead {
 // What the gradient of a tile knows of its rows, [R] each.
 struct TileRows {
   const float* inverse_temperature;
-  const float* largest;  // m
-  const float* log_sum;  // log sum e^t
+  const float* centre;
+  const float* rest;
   const float* coefs;  // a; b and c follow at a distance of stride each
   int64_t stride;
 };

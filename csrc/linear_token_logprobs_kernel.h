@@ -138,8 +138,8 @@ static void gradient_line(float* z, int64_t n, const TileHead& head, const TileR
     const Vf y = transform(load_some(z + i, count, 0.f), bias);
     const Vf inverse_temperature = of_row(rows.inverse_temperature, i, count);
     // t stays finite for p t.
-    const Vf t = max(set(-1e4f), (y - of_row(rows.largest, i, count)) * inverse_temperature);
-    const Vf p = exp(t - of_row(rows.log_sum, i, count));
+    const Vf t = max(set(-1e4f), (y - of_row(rows.centre, i, count)) * inverse_temperature);
+    const Vf p = exp(t - of_row(rows.rest, i, count));
     const Vf b = of_row(rows.coefs + rows.stride, i, count), c = of_row(rows.coefs + 2 * rows.stride, i, count);
     const Vf polynomial = fma(c, p, fma(b, t, of_row(rows.coefs, i, count)));
     store_some(z + i, transform.sloped(inverse_temperature * transform.scale * p * polynomial, y), count);

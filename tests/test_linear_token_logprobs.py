@@ -85,12 +85,29 @@ def test_several_labels_per_row(head, dtype, kept):
     check(tensors, labels, settings, **everything)
 
 
-def test_a_certain_label_keeps_the_precision_of_its_gradient():
-    """p of the label within 1e-4 of 1: 1 - p must not be the difference of two rounded numbers."""
-    tensors, labels, settings = problem(20, 16, 200, torch.bfloat16)
-    tensors["weight"][labels.clamp_min(0)] += tensors["hidden"]
-    check(tensors, labels, settings)
-    check(tensors, labels, settings, memory_budget=budget(20, 16, 200, 0, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", [0, 0.5, 10])
+def test_logits_that_rise_from_tile_to_tile(dtype, kept):
+    """Tiles of a row relative to different references, each e^t far below the next: in some rows, up or down."""
+    n, h, v = SHAPES["many tiles"]
+    tensors, labels, settings = problem(n, h, v, dtype, bias=True)
+    tensors["bias"] = torch.linspace(-60, 60, v).to(dtype)
+    tensors["weight"] = tensors["weight"] * torch.linspace(0, 8, v)[:, None].to(dtype)
+    labels[::3] = v - 1
+    check(tensors, labels, settings, memory_budget=budget(n, h, v, kept, dtype))
+    check(tensors, labels, settings | {"temperature": 5.0}, stats=STATS[:5], upstream=("logps", "entropy"))
+
+
+@pytest.mark.parametrize("kept", [0, 10])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_certain_label_keeps_the_precision_of_its_gradient(dtype, kept):
+    """1 - p of 1e-6 to 1e-4: it must not be the difference of two numbers of the weight's type."""
+    n, h, v = 20, 64, 300
+    tensors, labels, settings = problem(n, h, v, dtype)
+    hidden, labels = tensors["hidden"].float(), labels.clamp_min(0)
+    gap = torch.linspace(9, 14, n)[:, None] / hidden.square().sum(1, keepdim=True)
+    tensors["weight"] = (torch.randn(v, h) * 1e-2).index_add_(0, labels, hidden * gap).to(dtype)
+    check(tensors, labels, settings, memory_budget=budget(n, h, v, kept, dtype))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

@@ -167,7 +167,8 @@ class Known:
     plan: Plan
     state: State
     positions: Tensor  # [E] of the entries among all tokens
-    by_row: dict[str, Tensor]  # "log_sum" and statistics, [R] each
+    norm: Tensor  # [3, R] normalizer
+    by_row: dict[str, Tensor]  # statistics, [R] each
     logps: Tensor  # [E]
 
     @staticmethod
@@ -179,10 +180,11 @@ class Known:
         moments = "entropy" in wanted.stats or "sum_p2" in wanted.stats
         engine.forward(head, batch, plan, state, HEAD.pick(inputs.weight.device, inputs.weight).impl, moments)
         in_set = None if wanted.label_set is None else statistics.set_logits(head, batch, wanted.label_set)
-        by_row = statistics.row_statistics(wanted.stats, batch, state.largest, state.sums, state.top, in_set)
-        logps = statistics.entry_logps(batch, state.largest, by_row["log_sum"], state.picked)
+        norm = statistics.normalizer(state.largest, state.sums, batch.inverse_temperature)
+        by_row = statistics.row_statistics(wanted.stats, batch, norm, state.sums, state.top, in_set)
+        logps = statistics.entry_logps(batch, norm, state.picked)
         assert found.positions is not None
-        return Known(batch, plan, state, found.positions, by_row, logps)
+        return Known(batch, plan, state, found.positions, norm, by_row, logps)
 
 
 @dataclass(frozen=True)
@@ -244,8 +246,7 @@ class Totals:
         kernels = HEAD.pick(head.weight.device, head.weight).impl
         a = -batch.entries.sum_rows(grads)
         coefs = torch.stack((a, torch.zeros_like(a), torch.zeros_like(a)))
-        log_sum = known.by_row["log_sum"]
-        slopes = Slopes.of(head, batch, state.largest, log_sum, state.picked, grads, coefs)
+        slopes = Slopes.of(head, batch, known.norm, state.picked, grads, coefs)
         if state.product is not None:
             dx = torch.empty_like(state.product)
             du = None if state.lora_product is None else torch.empty_like(state.lora_product)

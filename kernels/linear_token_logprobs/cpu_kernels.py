@@ -13,7 +13,7 @@ _library.define(
 )
 _library.define(
     "linear_tile_gradient(Tensor(a!) z, Tensor(b!) out, Tensor? bias, Tensor inverse_temperature, Tensor starts, "
-    "Tensor labels, int start, float logit_scale, float logit_softcap, Tensor largest, Tensor log_sum, Tensor coefs, "
+    "Tensor labels, int start, float logit_scale, float logit_softcap, Tensor centre, Tensor rest, Tensor coefs, "
     "Tensor values) -> ()"
 )
 _library.define(

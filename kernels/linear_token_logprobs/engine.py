@@ -172,8 +172,7 @@ def _accumulate(total: Tensor, e: Tensor, w: Tensor, decay: Tensor, is_first: bo
 class Slopes:
     """dL/dz of all rows: ``dL/dt_v = sum over entries of grad_e 1[v = label_e] + p_v (a + b t_v + c p_v)``."""
 
-    largest: Tensor  # [R] m over the whole vocabulary
-    log_sum: Tensor  # [R] log sum e^t over the whole vocabulary
+    norm: Tensor  # [3, R] normalizer over the whole vocabulary: c, r, mean t
     scale: Tensor  # [R] logit_scale / temperature
     coefs: Tensor  # [3, R] a, b, c
     values: Tensor  # [E] dL/dz at the labels; of equal labels of a row the first has the part with p
@@ -183,8 +182,7 @@ class Slopes:
     def of(
         head: Head,
         batch: Batch,
-        largest: Tensor,  # [R]
-        log_sum: Tensor,  # [R]
+        norm: Tensor,  # [3, R]
         picked: Tensor,  # [E] y of each entry's label
         grads: Tensor,  # [E] dL/dlogps
         coefs: Tensor,  # [3, R]
@@ -192,23 +190,23 @@ class Slopes:
     ) -> "Slopes":
         owners, first = batch.entries.owners, batch.entries.first
         scale = batch.inverse_temperature * head.logit_scale
-        t = (picked - largest[owners]) * batch.inverse_temperature[owners]
-        logp = t - log_sum[owners]
+        centre, rest, _ = norm[:, owners].double()
+        t = (picked.double() - centre) * batch.inverse_temperature[owners]
+        p = (t - rest).exp()
         a, b, c = coefs[:, owners] if first is None else coefs[:, owners] * first
-        p = logp.exp()
-        # grads + a p: where a = -grads and p is close to 1 it would cancel.
-        values = torch.where(p < 0.5, grads + a * p, (grads + a) + a * torch.expm1(logp))
+        values = grads + a * p  # in float64: where the model is sure, p is close to 1 and a = -grads
         if not only_a:
             values += c * p * p + torch.where(p == 0, 0.0, b * p * t)
         slope = scale[owners]
         if head.logit_softcap:
             slope = slope * (1 - (picked / head.logit_softcap).square())
-        return Slopes(largest, log_sum, scale, coefs, values * slope, only_a)
+        return Slopes(norm, scale, coefs, values.to(grads.dtype) * slope, only_a)
 
     def factor(self, rows: slice, reference: Tensor, inverse_temperature: Tensor) -> Tensor:
-        """By what e of some rows, relative to the maximum ``reference`` [R], becomes dL/dz where b and c are 0."""
-        decay = ((reference - self.largest[rows]) * inverse_temperature - self.log_sum[rows]).exp()
-        return self.coefs[0, rows] * self.scale[rows] * decay
+        """By what e of some rows, relative to ``reference`` [R], becomes dL/dz where b and c are 0."""
+        centre, rest, _ = self.norm[:, rows].double()
+        decay = ((reference.double() - centre) * inverse_temperature.double() - rest).exp()
+        return self.coefs[0, rows] * self.scale[rows] * decay.to(self.coefs.dtype)
 
 
 def hidden_gradient(
@@ -291,9 +289,7 @@ def _tile_gradient(
     z = _logits(part, w, lora_b, gemm.logits_for_gradient)
     d = gemm.tile_for_product(z, w)
     where = (part.inverse_temperature, part.entries.starts, part.entries.labels, start, *head.scalars)
-    kernels.gradient(
-        z, d, bias, *where, slopes.largest[rows], slopes.log_sum[rows], slopes.coefs[:, rows], slopes.values
-    )
+    kernels.gradient(z, d, bias, *where, *slopes.norm[:2, rows], slopes.coefs[:, rows], slopes.values)
     return d
 
 

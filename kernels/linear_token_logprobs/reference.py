@@ -98,17 +98,16 @@ def gradient(
     start: int,
     logit_scale: float,
     logit_softcap: float,
-    largest: Tensor,  # [R], m over the whole vocabulary
-    log_sum: Tensor,  # [R], log sum e^t over the whole vocabulary
+    centre: Tensor,  # [R], c of the normalizer, in the place of m
+    rest: Tensor,  # [R], r of the normalizer
     coefs: Tensor,  # [3, R]: a, b, c
     values: Tensor,  # [E]: what stands at the labels, summed where labels of a row are equal
 ) -> None:
     """``out = dL/dz = dy/dz / temperature * p (a + b t + c p)``, and values at the labels."""
     y = z if bias is None else z + bias
     y = from_logits.softcapped(y * logit_scale, logit_softcap)
-    finite = torch.where(largest == -torch.inf, 0.0, largest)
-    t = ((y - finite[:, None]) * inverse_temperature[:, None]).clamp_min(-1e4)
-    p = (t - log_sum[:, None]).exp()
+    t = ((y - centre[:, None]) * inverse_temperature[:, None]).clamp_min(-1e4)
+    p = (t - rest[:, None]).exp()
     a, b, c = coefs[:, :, None]
     d = p * (a + b * t + c * p) * (logit_scale * inverse_temperature[:, None])
     if logit_softcap:

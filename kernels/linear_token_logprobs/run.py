@@ -78,7 +78,7 @@ def allocate(inputs: Inputs, stats: str, hidden_grad: bool, head_grad: bool) -> 
         "logps": (m,),
         **{name: (m if name in stats.split(",") else 0,) for name in STATS},
         "picked": (m,),  # y of the labels, by entry
-        "normalizer": (4, n),  # by computed row: m of this shard; m, log sum e^t and mean t over the whole vocabulary
+        "normalizer": (4, n),  # by computed row: m of this shard, then the normalizer over the whole vocabulary
         "product": (product_rows, inputs.hidden.shape[1]),
         "lora_product": (product_rows, 0 if inputs.lora_b is None else inputs.lora_b.shape[1]),
         "kept": (cost.kept_elements,),
@@ -142,12 +142,11 @@ def forward(
     in_set = None
     if label_set is not None:
         in_set = parallel.maximum_over(group, statistics.set_logits(head, batch, label_set - offset))
-    by_row = statistics.row_statistics(wanted, batch, largest, sums, top, in_set)
-    outputs["normalizer"][1, : found.num_rows] = largest
-    outputs["normalizer"][2, : found.num_rows] = by_row["log_sum"]
-    outputs["normalizer"][3, : found.num_rows] = sums[1] / sums[0]
+    norm = statistics.normalizer(largest, sums, batch.inverse_temperature)
+    by_row = statistics.row_statistics(wanted, batch, norm, sums, top, in_set)
+    outputs["normalizer"][1:, : found.num_rows] = norm
     state.picked.copy_(picked)
-    found.scatter(statistics.entry_logps(batch, largest, by_row["log_sum"], picked), outputs["logps"])
+    found.scatter(statistics.entry_logps(batch, norm, picked), outputs["logps"])
     for name in wanted:
         found.scatter(by_row[name].index_select(0, found.owners), outputs[name])
     return list(outputs.values())
@@ -190,11 +189,11 @@ def _slopes(
     found = batch.entries
     grad_logps, *of_stats = (None if grad is None else found.compact(grad) for grad in upstream)
     grad_logps = torch.zeros_like(state.picked) if grad_logps is None else grad_logps
-    _, largest, log_sum, mean_t = outputs["normalizer"][:, : found.num_rows]
+    norm = outputs["normalizer"][1:, : found.num_rows]
     sum_p2 = found.compact(outputs["sum_p2"]) if outputs["sum_p2"].numel() else None
-    coefs = statistics.coefficients(batch, grad_logps, *of_stats, mean_t, sum_p2)
+    coefs = statistics.coefficients(batch, grad_logps, *of_stats, norm[2], sum_p2)
     only_a = of_stats[1] is None and of_stats[2] is None
-    return Slopes.of(head, batch, largest, log_sum, state.picked, grad_logps, coefs, only_a)
+    return Slopes.of(head, batch, norm, state.picked, grad_logps, coefs, only_a)
 
 
 def _shard_gradients(
@@ -203,23 +202,20 @@ def _shard_gradients(
     """Writes the head's gradients; returns dL/dx [R, H] without LoRA's part and dL/du [R, r], of this shard."""
     of_hidden, of_weight, of_bias, of_a, of_b = wanted
     kernels = op.pick(inputs.weight.device, inputs.weight).impl
+    made = slopes.only_a and state.product is not None
     dx = du = None
-    if of_hidden or of_a:
+    if (of_hidden or of_a) and not made:
         dx = torch.zeros_like(batch.x, dtype=slopes.coefs.dtype)
         du = None if batch.u is None else torch.zeros_like(batch.u, dtype=slopes.coefs.dtype)
-    made = slopes.only_a and state.product is not None
-    if dx is not None and made:
-        engine.hidden_gradient(inputs.head, batch, state, slopes, kernels, dx, du)
-    into = Gradients(
-        weight=grads[1] if of_weight else None,
-        bias=grads[2] if of_bias else None,
-        lora_b=grads[4] if of_b else None,
-        x=None if made else dx,
-        u=None if made else du,
-    )
-    if any(getattr(into, name) is not None for name in ("weight", "bias", "lora_b", "x")):
+    if dx is not None or of_weight or of_bias or of_b:
         cost = inputs.plan(state.product is not None, state.references.shape[0] > 0)
+        of_head = [grads[i] if wanted[i] else None for i in (1, 2, 4)]
+        into = Gradients(*of_head, x=dx, u=du)
         engine.head_gradients(inputs.head, batch, cost, state, slopes, into, kernels)
+    if (of_hidden or of_a) and made:
+        dx = torch.empty_like(batch.x, dtype=slopes.coefs.dtype)
+        du = None if batch.u is None else torch.empty_like(batch.u, dtype=slopes.coefs.dtype)
+        engine.hidden_gradient(inputs.head, batch, state, slopes, kernels, dx, du)
     return dx, du
 
 

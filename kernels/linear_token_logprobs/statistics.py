@@ -8,31 +8,44 @@ from fastpo.kernels.linear_token_logprobs.engine import Batch, Head
 from fastpo.kernels.token_logprobs.reference import softcapped
 
 
+def normalizer(largest: Tensor, sums: Tensor, inverse_temperature: Tensor) -> Tensor:
+    """[3, R] c, r and mean t such that ``logp = t - r`` with ``t = (y - c) / temperature``, from m [R] and sums [3, R].
+
+    c is where p is 1, rounded, and r what the rounding left: of a token that the model is sure of, log p is then no
+    difference of large numbers.
+    """
+    log_sum = sums[0].log()
+    m, inverse = largest.double(), inverse_temperature.double()
+    centre = (m + log_sum / inverse).to(largest.dtype)
+    shift = (centre.double() - m) * inverse
+    return torch.stack((centre.double(), log_sum - shift, sums[1] / sums[0] - shift)).to(largest.dtype)
+
+
 def row_statistics(
     stats: list[str],
     batch: Batch,
-    largest: Tensor,  # [R] m over the whole vocabulary
+    norm: Tensor,  # [3, R] normalizer over the whole vocabulary
     sums: Tensor,  # [3, R] float64: of e^t, t e^t, e^2t over the whole vocabulary
     top: Tensor | None,  # [R, k] largest y
     set_logits: Tensor | None,  # [R, L] y of the label set
 ) -> dict[str, Tensor]:
-    """log sum e^t ("log_sum") and each statistic asked for, [R]."""
-    dtype, inverse = largest.dtype, batch.inverse_temperature
-    log_sum = sums[0].log().to(dtype)
-    rows = {"log_sum": log_sum}
+    """Each statistic that is asked for, [R]."""
+    inverse = batch.inverse_temperature
+    centre, rest, _ = norm
+    rows = {}
     if "logsumexp" in stats:
-        rows["logsumexp"] = largest * inverse + log_sum
+        rows["logsumexp"] = centre * inverse + rest
     if "entropy" in stats:
-        rows["entropy"] = (sums[0].log() - sums[1] / sums[0]).to(dtype)
+        rows["entropy"] = (sums[0].log() - sums[1] / sums[0]).to(norm.dtype)
     if "sum_p2" in stats:
-        rows["sum_p2"] = (sums[2] / sums[0].square()).to(dtype)
+        rows["sum_p2"] = (sums[2] / sums[0].square()).to(norm.dtype)
     if top is not None:
-        logp = (top - largest[:, None]) * inverse[:, None] - log_sum[:, None]
+        logp = (top - centre[:, None]) * inverse[:, None] - rest[:, None]
         p = logp.exp()
         rows["topk_mass"] = p.sum(dim=1)
         rows["topk_entropy"] = -torch.where(p == 0, 0.0, p * logp).sum(dim=1)
     if set_logits is not None:
-        logp = (set_logits - largest[:, None]) * inverse[:, None] - log_sum[:, None]
+        logp = (set_logits - centre[:, None]) * inverse[:, None] - rest[:, None]
         rows["label_set_prob"] = logp.exp().sum(dim=1)
     return rows
 
@@ -50,10 +63,11 @@ def set_logits(head: Head, batch: Batch, label_set: Tensor) -> Tensor:
     return torch.where(inside, y, -torch.inf)
 
 
-def entry_logps(batch: Batch, largest: Tensor, log_sum: Tensor, picked: Tensor) -> Tensor:
-    """[E] log-probs from y at the labels [E] and the rows' m and log sum e^t [R]."""
+def entry_logps(batch: Batch, norm: Tensor, picked: Tensor) -> Tensor:
+    """[E] log-probs from y at the labels [E] and the rows' normalizer [3, R]."""
     owners = batch.entries.owners
-    return (picked - largest[owners]) * batch.inverse_temperature[owners] - log_sum[owners]
+    centre, rest, _ = norm
+    return (picked - centre[owners]) * batch.inverse_temperature[owners] - rest[owners]
 
 
 def coefficients(
@@ -62,13 +76,10 @@ def coefficients(
     grad_logsumexp: Tensor | None,  # [E], as all that follow
     grad_entropy: Tensor | None,
     grad_sum_p2: Tensor | None,
-    mean_t: Tensor,  # [R] sum p t
+    mean_t: Tensor,  # [R] sum p t, of the normalizer
     sum_p2: Tensor | None,  # [E]
 ) -> Tensor:
-    """[3, R] a, b, c of ``dL/dt_v = sum_e grad_e 1[v = label_e] + p_v (a + b t_v + c p_v)``.
-
-    In t rather than log p, whose common part log sum e^t would cancel between a and b.
-    """
+    """[3, R] a, b, c of ``dL/dt_v = sum_e grad_e 1[v = label_e] + p_v (a + b t_v + c p_v)``."""
     total = batch.entries.sum_rows
     a = -total(grad_logps)
     b, c = torch.zeros_like(a), torch.zeros_like(a)

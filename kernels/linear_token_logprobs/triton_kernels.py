@@ -126,8 +126,8 @@ def _gradient_kernel(
     width,
     logit_scale,
     softcap,  # None: no cap
-    largest_ptr,
-    log_sum_ptr,
+    centre_ptr,
+    rest_ptr,
     coefs_ptr,  # [3, R]
     coefs_stride,
     values_ptr,  # [E]
@@ -139,8 +139,8 @@ def _gradient_kernel(
     z = tl.load(z_ptr + row * z_stride + cols, mask=inside, other=0.0)
     y = _transformed(z, bias_ptr, cols, inside, logit_scale, softcap)
     inverse_temperature = tl.load(inverse_temperature_ptr + row)
-    t = (y - tl.load(largest_ptr + row)) * inverse_temperature
-    p = tl.exp(t - tl.load(log_sum_ptr + row))
+    t = (y - tl.load(centre_ptr + row)) * inverse_temperature
+    p = tl.exp(t - tl.load(rest_ptr + row))
     a, b = tl.load(coefs_ptr + row), tl.load(coefs_ptr + coefs_stride + row)
     c = tl.load(coefs_ptr + 2 * coefs_stride + row)
     d = p * (a + b * tl.maximum(t, NEGLIGIBLE) + c * p) * (logit_scale * inverse_temperature)
@@ -201,14 +201,14 @@ def forward(
 
 
 def gradient(
-    z, out, bias, inverse_temperature, starts, labels, start, logit_scale, logit_softcap, largest, log_sum, coefs,
+    z, out, bias, inverse_temperature, starts, labels, start, logit_scale, logit_softcap, centre, rest, coefs,
     values,
 ) -> None:  # fmt: skip
     z, written = z.contiguous(), _by_row(out)
     with torch.cuda.device_of(z):
         _gradient_kernel[(z.shape[0],)](
             z, z.stride(0), written, written.stride(0), bias, inverse_temperature, starts, labels, start, z.shape[1],
-            logit_scale, logit_softcap or None, largest, log_sum, coefs, coefs.stride(0), values, **_shape(z.shape[1]),
+            logit_scale, logit_softcap or None, centre, rest, coefs, coefs.stride(0), values, **_shape(z.shape[1]),
         )  # fmt: skip
     if written is not out:
         out.copy_(written)
@@ -235,7 +235,8 @@ _TYPES = {
     "inverse_temperature_ptr": "*fp32:16", "labels_ptr": "*i64:16", "start": "i32", "width": "i32:16",
     "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "largest_ptr": "*fp32:16", "sums_ptr": "*fp64:16",
     "sums_stride": "i32",
-    "decay_ptr": "*fp32:16", "picked_ptr": "*fp32:16", "top_ptr": "*fp32:16", "topk": "i32", "log_sum_ptr": "*fp32:16",
+    "decay_ptr": "*fp32:16", "picked_ptr": "*fp32:16", "top_ptr": "*fp32:16", "topk": "i32", "centre_ptr": "*fp32:16",
+    "rest_ptr": "*fp32:16",
     "coefs_ptr": "*fp32:16", "coefs_stride": "i32", "values_ptr": "*fp32:16",
     "factor_ptr": "*fp32:16", "product_ptr": "*fp32:16", "product_stride": "i32:16", "weight_stride": "i32:16",
     "vocab": "i32:16", "size": "i32:16",
