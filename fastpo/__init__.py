@@ -6,7 +6,7 @@ from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
 from fastpo.kernels.preference_loss import preference_loss, sequence_scores
 from fastpo.kernels.token_logprobs import token_logprobs
 from fastpo.objectives import Objective, Term
-from fastpo.types import Pairs, PreferenceOutput, Segments
+from fastpo.types import Pairs, PreferenceOutput, Segments, TokenTree
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "PreferenceOutput",
     "Segments",
     "Term",
+    "TokenTree",
     "linear_preference_loss",
     "linear_token_logprobs",
     "objectives",

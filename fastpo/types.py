@@ -1,6 +1,7 @@
 """The records that the ops and the loop exchange. Frozen; a shape comment on every field; no behaviour beyond checks.
 
-T tokens, S sequences, P tuples (pairs), K members of a tuple (chosen, rejected, ...), J link terms of an objective.
+T tokens, S sequences, P tuples (pairs), K members of a tuple (chosen, rejected, ...), J link terms of an objective, N
+nodes of a tree.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -36,6 +37,29 @@ class Segments(_Record):
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class TokenTree(_Record):
+    """A forest of tokens in preorder: every distinct prefix of its sequences once. ``fastpo.trees`` makes them.
+
+    Token i sees token j iff ``j <= i < subtree_end[j]``. ``tokens[i]`` is predicted at ``parent[i]``; a root by nothing.
+    """
+
+    tokens: Tensor  # [N] int64
+    parent: Tensor  # [N] int64, below i; -1 at a root
+    depth: Tensor  # [N] int64, the position of the token in each sequence through it; 0 at a root
+    subtree_end: Tensor  # [N] int64; the subtree of i is i:subtree_end[i]
+    leaves: Tensor  # [S] int64, the node of each sequence's last token; equal sequences share it
+    starts: Tensor  # [S] int64, the depth of each sequence's first token that counts: the length of its prompt
+
+    @property
+    def num_nodes(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.leaves.shape[0]
 
 
 @dataclass(frozen=True)
