@@ -43,7 +43,7 @@ class Segments(_Record):
 class TokenTree(_Record):
     """A forest of tokens in preorder: every distinct prefix of its sequences once. ``fastpo.trees`` makes them.
 
-    Token i sees token j iff ``j <= i < subtree_end[j]``. ``tokens[i]`` is predicted at ``parent[i]``; a root by nothing.
+    Token i sees token j iff ``j <= i < subtree_end[j]``. ``tokens[i]`` is predicted at ``parent[i]``.
     """
 
     tokens: Tensor  # [N] int64
