@@ -1,7 +1,8 @@
 """Compiles every GPU kernel without a GPU and reads what it costs: ``python -m fastpo.aot``.
 
-Each ``kernels/<op>/triton_kernels.py`` lists its shipped configurations in ``AOT``; each goes through triton's compiler
-for sm_80, sm_90 and sm_100, and registers, shared memory and stack are read from the cubin. Each ``csrc/*.cu`` goes
+Each ``kernels/<op>/triton_*.py`` that launches kernels lists their shipped configurations in ``AOT: list[AotConfig]``,
+and is found by that; each goes through triton's compiler for sm_80, sm_90 and sm_100, and registers, shared memory and
+stack are read from the cubin. Each ``csrc/*.cu`` goes
 through nvcc for the same architectures, with the report of ptxas. Both are machine code for the GPU named, so spills
 seen here are spills there. What this cannot see is whether a kernel computes the right thing: the interpreter tests
 and ``make gpu-check`` do that.
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ NVCC_FLAGS = ("-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", 
 
 @dataclass(frozen=True)
 class AotConfig:
-    """One shipped configuration of a triton kernel, an element of a ``triton_kernels.AOT`` list.
+    """One shipped configuration of a triton kernel, an element of the list ``AOT`` of a ``kernels/<op>/triton_*.py``.
 
     ``signature`` maps each run-time argument to its triton type, ``"*bf16"``, ``"i64"``, ...; ``"*bf16:16"`` says that
     the value is divisible by 16, as triton's launcher finds out of pointers and integers by itself; a tuple
@@ -60,33 +61,35 @@ class Report:
     spill_bytes: int  # per thread: stack frame (triton), the larger of stack frame, spill stores and loads (nvcc)
 
 
-def triton_reports(ops: Iterable[str] | None = None, archs: Sequence[int] = ARCHS, workers: int = 2) -> list[Report]:
-    """Compiles the shipped configurations of every op with a ``triton_kernels.py``, or of ``ops``.
+def triton_reports(archs: Sequence[int] = ARCHS, workers: int = 2) -> list[Report]:
+    """Compiles the shipped configurations of every op.
 
     Triton keeps what it compiled: a second call takes a second, the first one some 0.15 s per configuration and
     architecture.
     """
-    names = sorted(triton_ops() if ops is None else ops)
-    tasks = [(name, i, arch) for name in names for i in range(len(shipped_configs(name))) for arch in archs]
+    modules = triton_modules()
+    tasks = [(module, i, arch) for module in modules for i in range(len(shipped_configs(module))) for arch in archs]
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_shipped_report, tasks, chunksize=len(archs)))
 
 
-def shipped_configs(op: str) -> list[AotConfig]:
-    """The list ``AOT`` of one op's triton_kernels.py."""
-    return importlib.import_module(f"fastpo.kernels.{op}.triton_kernels").AOT
+def triton_modules() -> list[str]:
+    """``"<op>.triton_<something>"`` of the modules of the op folders that list configurations in ``AOT``."""
+    import fastpo.kernels
+
+    found = [path for root in fastpo.kernels.__path__ for path in Path(root).glob("*/triton_*.py")]
+    listing = re.compile(r"^AOT\b.*=", re.MULTILINE)
+    return sorted(f"{path.parent.name}.{path.stem}" for path in found if listing.search(path.read_text("utf-8")))
+
+
+def shipped_configs(module: str) -> list[AotConfig]:
+    """The list ``AOT`` of one module that ``triton_modules`` names."""
+    return importlib.import_module(f"fastpo.kernels.{module}").AOT
 
 
 def _shipped_report(task: tuple[str, int, int]) -> Report:
-    op, index, arch = task
-    return triton_report(shipped_configs(op)[index], arch, source=op)
-
-
-def triton_ops() -> list[str]:
-    """Names of the op folders that have triton kernels."""
-    import fastpo.kernels
-
-    return [p.parent.name for root in fastpo.kernels.__path__ for p in Path(root).glob("*/triton_kernels.py")]
+    module, index, arch = task
+    return triton_report(shipped_configs(module)[index], arch, source=module.partition(".")[0])
 
 
 def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any) -> Report:
