@@ -5,6 +5,7 @@ from fastpo.kernels.linear_preference_loss import linear_preference_loss
 from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
 from fastpo.kernels.preference_loss import preference_loss, sequence_scores
 from fastpo.kernels.token_logprobs import token_logprobs
+from fastpo.kernels.tree_attention import attention_blocks, tree_attention
 from fastpo.objectives import Objective, Term
 from fastpo.types import Pairs, PreferenceOutput, Segments, TokenTree
 
@@ -17,10 +18,12 @@ __all__ = [
     "Segments",
     "Term",
     "TokenTree",
+    "attention_blocks",
     "linear_preference_loss",
     "linear_token_logprobs",
     "objectives",
     "preference_loss",
     "sequence_scores",
     "token_logprobs",
+    "tree_attention",
 ]
