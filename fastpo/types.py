@@ -15,8 +15,13 @@ from torch import Tensor
 class _Record:
     def to(self, device: torch.device | str) -> Any:
         """The same record with every tensor on ``device``."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(v, device) for v in value)
+    return value.to(device) if isinstance(value, (Tensor, _Record)) else value
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,36 @@ class TokenTree(_Record):
     @property
     def num_sequences(self) -> int:
         return self.leaves.shape[0]
+
+
+@dataclass(frozen=True)
+class PackedTrees(_Record):
+    """Forests that a model takes one at a time, ``fastpo.trees.pack`` makes them. R rows.
+
+    Nodes and sequences of the packed trees are numbered through, one tree behind the other. A sequence stands in one
+    row, with all its nodes; a node of a tree that was cut may stand in several.
+    """
+
+    rows: tuple[TokenTree, ...]  # R forests of at most ``budget`` nodes
+    nodes: tuple[Tensor, ...]  # R times [N_r] int64, the node of the input that each of the row's nodes is
+    sequences: tuple[Tensor, ...]  # R times [S_r] int64, the input's sequence at each of the row's leaves
+    budget: int
+    num_distinct: int  # nodes of the input
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of all rows."""
+        return sum(row.num_nodes for row in self.rows)
+
+    @property
+    def num_replicated(self) -> int:
+        """Nodes that stand in a row as context only because their tree was cut."""
+        return self.num_nodes - self.num_distinct
+
+    @property
+    def overhead(self) -> float:
+        """What cutting costs: replicated nodes per distinct one."""
+        return self.num_replicated / max(1, self.num_distinct)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,29 @@ def test_trie_refuses_bad_arguments():
         trie.insert(np.array([1]), 3)
     with pytest.raises(ValueError, match="tokens has 2 dimensions"):
         trie.insert(np.array([[1]]))
+    for bounds in ([], [1, 2], [0, 1], [0, 2, 1, 2]):
+        with pytest.raises(ValueError, match="cu_seqlens should rise from 0 to the number of tokens, 2"):
+            trie.insert_all(np.array([1, 2]), np.array(bounds, dtype=np.int64))
+
+
+def test_trees_that_are_none_are_refused():
+    """Before memory is read that is not theirs; fastpo.trees.check_tree says more."""
+    good = {"parent": [-1, 0], "depth": [0, 1], "subtree_end": [2, 2], "leaves": [1], "starts": [1]}
+    for change, message in (
+        ({"parent": [-1, 1]}, "node 1 and its parent 1 are of no tree in preorder"),
+        ({"depth": [0, 2]}, "node 1 and its parent 0"),
+        ({"subtree_end": [2]}, "should be of one length"),
+        ({"leaves": [2]}, "leaves should be nodes below 2"),
+        ({"starts": [-1]}, "not below 0"),
+        ({"starts": [1, 1]}, "with as many starts"),
+    ):
+        arrays = {name: np.array(column) for name, column in (good | change).items()}
+        with pytest.raises(ValueError, match=message):
+            _host.sequence_nodes(**arrays)
+        with pytest.raises(ValueError, match=message):
+            _host.trained_nodes(**arrays)
+    with pytest.raises(ValueError, match="budget is 1; it should be at least 2, the length of a path"):
+        _host.cut(np.array([-1, 0]), np.array([0, 1]), np.array([2, 2]), 1)
 
 
 def first_fit_decreasing(lengths, budget):

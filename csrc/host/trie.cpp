@@ -17,6 +17,15 @@ int64_t Trie::insert(std::span<const int64_t> tokens, int64_t from) {
   return node;
 }
 
+std::vector<int64_t> Trie::insert_all(std::span<const int64_t> tokens, std::span<const int64_t> cu_seqlens) {
+  std::vector<int64_t> last;
+  last.reserve(cu_seqlens.size() - 1);
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
+    last.push_back(insert(tokens.subspan(cu_seqlens[s], cu_seqlens[s + 1] - cu_seqlens[s])));
+  }
+  return last;
+}
+
 int64_t Trie::child(int64_t parent, int64_t token) {
   const int64_t first = parent < 0 ? first_root_ : first_child_[parent];
   if (first < 0 || tokens_[first] == token) return first;

@@ -25,6 +25,9 @@ class Trie {
   // if the sequence is empty.
   int64_t insert(std::span<const int64_t> tokens, int64_t from = -1);
 
+  // insert() of tokens[cu_seqlens[s]:cu_seqlens[s+1]] for every s; returns the node of each one's last token.
+  std::vector<int64_t> insert_all(std::span<const int64_t> tokens, std::span<const int64_t> cu_seqlens);
+
   int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
   Preorder preorder() const;
 
