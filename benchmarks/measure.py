@@ -1,7 +1,9 @@
 """Timing, memory and the identity of the machine: what a row of results.csv consists of."""
 
 import csv
+import ctypes
 import gc
+import importlib.metadata
 import platform
 import subprocess
 import time
@@ -13,7 +15,9 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results" / "results.csv"
+RESULTS = Path(__file__).resolve().parent / "results" / "results.csv"
+# The first three always count; peers where they are installed.
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
 @dataclass(frozen=True)
@@ -32,38 +36,75 @@ class Row:
     p20_ms: float
     p50_ms: float
     p80_ms: float
-    peak_mib: float  # memory above what was there before the call
-    rate: float  # GB/s of the floor's bytes, or GFLOP/s where the op counts operations
+    peak_mib: float | None  # memory above what was there before the call
+    rate: float | None  # GB/s of the floor's bytes, GFLOP/s where the op counts operations, items/s of a workload
     unit: str
-    floor_share: float  # floor time, at the ceiling measured in the same run, over p50
+    floor_share: float | None  # floor time, at the ceiling measured in the same run, over p50
     speedup: float  # p50 of this implementation over p50 of fastpo
 
 
 def interleaved(
-    runs: dict[str, Callable[[Any], Any]], inputs: dict[str, Any], device: str, seconds: float, least: int = 5
+    runs: dict[str, Callable[[Any], Any]],
+    inputs: Any,
+    device: str,
+    seconds: float,
+    refresh: Callable[[Any], None] = lambda inputs: None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each implementation, run in turn (A B C A B C ...) so that drift hits all alike."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for name, run in runs.items():
-        run(inputs[name])
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    start = time.perf_counter()
-    while len(next(iter(times.values()))) < least or time.perf_counter() - start < seconds:
+    """Seconds per call of each implementation, run in turn (A B C A B C ...) so that drift hits all alike.
+
+    At least five rounds after one for warming up; three, the first one among them, where a round is dear.
+    """
+    clock = stopwatch(device)
+
+    def one_round() -> dict[str, float]:
+        taken = {}
         for name, run in runs.items():
-            synchronize()
-            begin = time.perf_counter()
-            run(inputs[name])
-            synchronize()
-            times[name].append(time.perf_counter() - begin)
-    return times
+            refresh(inputs)
+            taken[name] = clock(run, inputs)
+        return taken
+
+    start = time.perf_counter()
+    first = one_round()
+    dear = time.perf_counter() - start > seconds
+    rounds = [first] if dear else []
+    while len(rounds) < (3 if dear else 5) or time.perf_counter() - start < seconds:
+        rounds.append(one_round())
+    return {name: [taken[name] for taken in rounds] for name in runs}
+
+
+def stopwatch(device: str) -> Callable[[Callable[[Any], Any], Any], float]:
+    """(run, inputs) -> seconds of one call.
+
+    On a GPU by events, with a cold L2; the write that empties it also hides the host's time to launch the first kernel.
+    """
+    if device == "cpu":
+        return _cpu_seconds
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device)
+
+    def seconds(run: Callable[[Any], Any], inputs: Any) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        run(inputs)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def _cpu_seconds(run: Callable[[Any], Any], inputs: Any) -> float:
+    begin = time.perf_counter()
+    run(inputs)
+    return time.perf_counter() - begin
 
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str) -> float:
-    """MiB that one call holds at its peak beyond what was allocated before it (Linux and CUDA; NaN elsewhere)."""
+def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str) -> float | None:
+    """MiB that one call holds at its peak, results included, beyond what was held before (Linux and CUDA)."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -71,10 +112,11 @@ def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str) -> float:
         run(inputs)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    clear = Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return float("nan")
-    clear.write_text("5")  # resets the high-water mark of resident memory
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process keeps would hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
+    except (OSError, AttributeError):
+        return None
     before = _status("VmRSS")
     run(inputs)
     return (_status("VmHWM") - before) / 2**10
@@ -87,18 +129,20 @@ def _status(key: str) -> int:
 
 def machine(device: str) -> dict[str, Any]:
     """The columns of a row that say where and with what it was measured."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    import transformers
-    import triton
-
-    versions = f"torch {torch.__version__}; triton {triton.__version__}; transformers {transformers.__version__}"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "device": name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": "; ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
@@ -111,18 +155,35 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    root = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    """The checkout's commit, with a + where the code differs from it; "unknown" outside of git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!README.md", ":!docs")
+    return "unknown" if head is None else head + ("+" if changed else "")
 
 
 def append(rows: list[Row], path: Path = RESULTS) -> None:
     """Adds rows to the append-only CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
         if new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def read(path: Path = RESULTS) -> list[dict[str, str]]:
+    """Rows in the order in which they were measured; columns are text, "" where there is no figure."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,130 +1,149 @@
-"""Times every op against its peers: ``python benchmarks/run.py [--suite quick|full|gpu] [--ops NAME ...]``.
+"""Times every op and workload against its peers: ``python benchmarks/run.py [--suite quick|full|gpu] [--ops NAME]``.
 
-Each ``kernels/<op>/bench.py`` offers cases and implementations (fastpo, torch eager, torch.compile, and the peers that
-are installed: ``pip install .[peers]``). All of a case's implementations are checked to compute the same thing, then
-run in turn in one process. Rows are appended to ``benchmarks/results/results.csv``.
+Each ``kernels/<op>/bench.py``, and each module of benchmarks/ that defines cases, offers implementations: fastpo, torch
+eager, torch.compile, and the peers that are installed (``pip install .[peers]``). All implementations of a case are
+checked to compute the same thing, then run in turn in one process. Rows are appended, case by case, to
+``benchmarks/results/results.csv``; ``--skip-done`` goes on where a stopped run left off.
+
+``--base REV`` times this checkout against another commit instead, built in a worktree of its own.
 """
 
 import argparse
-import importlib.util
+import math
 import os
-import pkgutil
 import sys
+import time
+import traceback
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+# Threads that spin while others' code runs make every implementation slower; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from measure import RESULTS, Row, append, interleaved, machine, peak_memory, percentile  # noqa: E402
-from verify import gate  # noqa: E402
+import torch  # noqa: E402
+from base import compare  # noqa: E402
+from discovery import benches, identity, refresher, work  # noqa: E402
+from measure import RESULTS, Row, append, interleaved, machine, peak_memory, percentile, read  # noqa: E402
+from verify import brief, gate  # noqa: E402
 
-import fastpo.kernels  # noqa: E402
-
-
-def benches(names: list[str]) -> dict[str, ModuleType]:
-    """op name -> its bench module."""
-    folders = [m.name for m in pkgutil.iter_modules(fastpo.kernels.__path__) if m.ispkg]
-    ops = sorted(name for name in folders if importlib.util.find_spec(f"fastpo.kernels.{name}.bench"))
-    unknown = sorted(set(names) - set(ops))
-    if unknown:
-        sys.exit(f"--ops has {', '.join(unknown)}; it should name ops of kernels/: {', '.join(ops)}")
-    return {op: importlib.import_module(f"fastpo.kernels.{op}.bench") for op in ops if not names or op in names}
+MINUTES = {"quick": 5.0, "full": 20.0, "gpu": 4.0}
 
 
-def run_case(op: str, bench: ModuleType, case: Any, arguments: argparse.Namespace, where: dict[str, Any]) -> list[Row]:
-    """The rows of one case; peers that compute something else are named and left out."""
-    device = arguments.device
-    runs = bench.implementations(case)
-    if not arguments.peers:
-        runs = {name: run for name, run in runs.items() if name == "fastpo"}
-    for name, reason in gate(bench, case, device, runs).items():
+def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
+    """fastpo and its variants, and of the others those whose names begin with one of ``peers``; all for None."""
+    if peers is None:
+        return runs
+    prefixes = ("fastpo", *(peer for peer in peers if peer != "none"))
+    return {name: run for name, run in runs.items() if name.startswith(prefixes)}
+
+
+def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, where: dict[str, Any]) -> list[Row]:
+    """The rows of one case; peers that fail or compute something else are named and left out."""
+    device, runs = arguments.device, chosen(bench.implementations(case), arguments.peers)
+    inputs = bench.setup(case, device)
+    for name, reason in gate(bench, case, inputs, runs).items():
         print(f"  {case.name}: {name} is not timed: {reason}", file=sys.stderr)
         del runs[name]
-    ceiling_run, ceiling_work = bench.ceiling(case)
-    inputs = {name: bench.setup(case, device) for name in [*runs, "ceiling"]}
-    times = interleaved({**runs, "ceiling": ceiling_run}, inputs, device, arguments.seconds)
-    ceiling = ceiling_work / percentile(times["ceiling"], 0.5)  # bytes or operations per second
-    work = bench.flops(case) or bench.bytes_moved(case)
-    unit = "GFLOP/s" if bench.flops(case) else "GB/s"
-    fastpo_p50 = percentile(times["fastpo"], 0.5)
+    refresh = refresher(bench, case)
+    bound, bound_work = bench.ceiling(case) if hasattr(bench, "ceiling") else (None, 0)
+    timed = runs if bound is None else {**runs, "ceiling": bound}
+    times = interleaved(timed, inputs, device, arguments.seconds, refresh)
+    amount, unit, scale = work(bench, case)
+    floor = math.nan if bound is None else amount / bound_work * percentile(times["ceiling"], 0.5)  # seconds
+    ours = percentile(times["fastpo"], 0.5)
     rows = []
     for name, run in runs.items():
         p20, p50, p80 = (percentile(times[name], share) for share in (0.2, 0.5, 0.8))
-        peak = peak_memory(run, inputs[name], device)
+        refresh(inputs)
+        peak = peak_memory(run, inputs, device)
         rows.append(
             Row(
                 **where,
-                op=op,
-                case=case.name,
-                mode=case.mode,
-                dtype=str(case.dtype).removeprefix("torch."),
-                shape=" ".join(f"{k}={v}" for k, v in case.shape.items()),
+                **identity(op, case),
                 implementation=name,
                 p20_ms=round(p20 * 1e3, 4),
                 p50_ms=round(p50 * 1e3, 4),
                 p80_ms=round(p80 * 1e3, 4),
-                peak_mib=round(peak, 1),
-                rate=round(work / p50 / 1e9, 1),
+                peak_mib=None if peak is None else round(peak, 1),
+                rate=round(amount / p50 / scale, 1) if amount else None,
                 unit=unit,
-                floor_share=round(work / ceiling / p50, 3),
-                speedup=round(p50 / fastpo_p50, 2),
+                floor_share=None if math.isnan(floor) else round(floor / p50, 3),
+                speedup=round(p50 / ours, 2),
             )
         )
     return rows
 
 
-def print_rows(console: Console, rows: list[Row]) -> None:
+def print_rows(rows: list[Row]) -> None:
     head = rows[0]
-    table = Table(title=f"{head.op}  {head.mode}  {head.dtype}  {head.shape}", title_justify="left")
-    for column in ("implementation", "p50 ms", "p20-p80", "peak MiB", head.unit, "of floor", "fastpo is faster by"):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
+    print(f"\n{head.op}  {head.case}  {head.mode}  {head.dtype}  {head.shape}")
+    print(
+        f"  {'':36s} {'p50 ms':>10s} {'p20-p80':>21s} {'peak MiB':>9s} {head.unit or 'rate':>9s} {'floor':>6s}  fastpo"
+    )
     for row in rows:
-        spread = f"{row.p20_ms:.3f}-{row.p80_ms:.3f}"
-        share, faster = f"{row.floor_share:.0%}", "" if row.implementation == "fastpo" else f"{row.speedup:.2f}x"
-        cells = (
-            row.implementation,
-            f"{row.p50_ms:.3f}",
-            spread,
-            f"{row.peak_mib:.0f}",
-            f"{row.rate:.1f}",
-            share,
-            faster,
-        )
-        table.add_row(*cells)
-    console.print(table)
+        spread, peak = f"{row.p20_ms:.3f}-{row.p80_ms:.3f}", "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        rate = "-" if row.rate is None else f"{row.rate:.1f}"
+        share = "-" if row.floor_share is None else f"{row.floor_share:.0%}"
+        faster = "" if row.implementation == "fastpo" else f"{row.speedup:.2f}x"
+        cells = f"{row.p50_ms:10.3f} {spread:>21s} {peak:>9s} {rate:>9s} {share:>6s}  {faster}"
+        print(f"  {row.implementation:36s} {cells}".rstrip(), flush=True)
+
+
+def done_cases(where: dict[str, Any]) -> set[tuple[str, ...]]:
+    """Cases with a row of this commit on this device."""
+    rows = [row for row in read() if all(row[key] == str(where[key]) for key in ("commit", "device", "threads"))]
+    return {tuple(row[key] for key in ("op", "case", "mode", "dtype", "shape")) for row in rows}
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Runs the suite, prints and appends rows; the number of cases that failed."""
+    where, begin, failed, left_out, count = machine(arguments.device), time.perf_counter(), [], [], 0
+    print(f"{where['device']}, {where['threads']} threads, commit {where['commit']}, {where['versions']}")
+    done = done_cases(where) if arguments.skip_done else set()
+    for op, bench in benches(arguments.ops).items():
+        for case in bench.cases(arguments.suite, arguments.device):
+            label = " ".join(identity(op, case).values())
+            if tuple(identity(op, case).values()) in done:
+                continue
+            if time.perf_counter() - begin > 60 * arguments.minutes:
+                left_out.append(label)
+                continue
+            try:
+                rows = run_case(op, bench, case, arguments, where)
+            except Exception as error:
+                failed.append(f"{label}: {brief(error)}")
+                traceback.print_exc()
+                continue
+            print_rows(rows)
+            count += len(rows)
+            if not arguments.dry_run:
+                append(rows)
+    print(f"\n{count} rows in {(time.perf_counter() - begin) / 60:.1f} minutes", end="")
+    print("" if arguments.dry_run else f", appended to {os.path.relpath(RESULTS)}")
+    for name in left_out:
+        print(f"left out after {arguments.minutes:g} minutes (--skip-done goes on there): {name}")
+    for name in failed:
+        print(f"FAILED {name}")
+    return len(failed)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("quick", "full", "gpu"), default="quick")
+    parser.add_argument("--suite", default="quick", help="quick, full, gpu, small, or one that an op has beside them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ops", nargs="*", default=[], help="names of ops; all by default")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time the peers as well")
+    parser.add_argument("--ops", nargs="*", default=[], help="names of ops and workloads; all by default")
+    parser.add_argument("--peers", nargs="*", help="beginnings of peers' names, or none; all by default")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each case (default: 3)")
-    parser.add_argument("--dry-run", action="store_true", help="print the table, leave results.csv alone")
+    parser.add_argument("--minutes", type=float, help="no case is begun after these (default: 5 quick, 20 full, 4 gpu)")
+    parser.add_argument("--skip-done", action="store_true", help="leave out cases with rows of this commit and device")
+    parser.add_argument("--base", metavar="REV", help="time this checkout's fastpo against that of another commit")
+    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave results.csv alone")
     arguments = parser.parse_args()
-    where, console, failed = machine(arguments.device), Console(), []
-    console.print(f"{where['device']}, {where['threads']} threads, commit {where['commit']}, {where['versions']}")
-    for op, bench in benches(arguments.ops).items():
-        for case in bench.cases(arguments.suite, arguments.device):
-            try:
-                rows = run_case(op, bench, case, arguments, where)
-            except RuntimeError as error:
-                failed.append(f"{op} {error}")
-                console.print(f"[red]{failed[-1]}")
-                continue
-            print_rows(console, rows)
-            if not arguments.dry_run:
-                append(rows)
-    if not arguments.dry_run:
-        console.print(f"rows appended to {os.path.relpath(RESULTS)}")
-    return 1 if failed else 0
+    if arguments.minutes is None:
+        arguments.minutes = MINUTES.get(arguments.suite, 60.0)
+    return min(1, compare(arguments) if arguments.base else measure(arguments))
 
 
 if __name__ == "__main__":

@@ -50,11 +50,15 @@ class Inputs:
 
 
 def cases(suite: str, device: str) -> list[Case]:
+    if suite not in ("small", "quick", "full", "gpu"):
+        return []
     large, small = {"pairs": 4096, "tokens": 256}, {"pairs": 8, "tokens": 64}
     if device == "cuda":
         large = {"pairs": 8192, "tokens": 1024}
     plain, ragged = {"masked": 0, "ragged": 0}, {"masked": 0, "ragged": 1}
     prompts = {"masked": large["tokens"] // 8, "ragged": 0}
+    if suite == "small":
+        return [Case(f"{name} small", "forward_backward", torch.float32, small | plain) for name in OBJECTIVES]
     chosen = [
         Case("dpo", "forward_backward", torch.float32, large | plain),
         Case("dpo masked", "forward_backward", torch.float32, large | prompts),
