@@ -6,14 +6,25 @@ Shapes: N tokens of a forest in preorder, Hq query heads, Hkv key and value head
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always
-from fastpo.kernels.tree_attention import reference
+from fastpo.dispatch import Backend, Op, always, extension_missing
+from fastpo.kernels.tree_attention import cpu_kernels, reference
 from fastpo.kernels.tree_attention.blocks import AttentionBlocks, attention_blocks
 from fastpo.kernels.tree_attention.checks import check_arguments
 from fastpo.types import TokenTree
 
+
+def _why_not_fused(q: Tensor) -> str | None:
+    return "float64 is computed in float64, in plain PyTorch" if q.dtype == torch.float64 else None
+
+
 # Every backend has forward(...) and backward(...) with the signatures of reference.py.
-OP = Op("tree_attention", [Backend("torch", "any", always, always, reference)])
+OP = Op(
+    "tree_attention",
+    [
+        Backend("cpu", "cpu", lambda: extension_missing("_C"), _why_not_fused, cpu_kernels),
+        Backend("torch", "any", always, always, reference),
+    ],
+)
 
 
 @torch.library.custom_op("fastpo::tree_attention_fwd", mutates_args=())
