@@ -1,4 +1,4 @@
-"""The C++ backend (csrc/tree_attention.cpp): schemas, and the calls that the signatures of reference.py make of them."""
+"""The C++ backend (csrc/tree_attention.cpp): schemas, and calls with the signatures of reference.py."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ _library.define(
 _library.define("tree_attention_pairs(Tensor depth, int group, int window) -> (int, int)")
 
 
-def forward(q, k, v, blocks: AttentionBlocks, sinks, scale: float, softcap: float, window: int) -> tuple[Tensor, Tensor]:
+def forward(
+    q, k, v, blocks: AttentionBlocks, sinks, scale: float, softcap: float, window: int
+) -> tuple[Tensor, Tensor]:
     out, logsumexp = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     torch.ops.fastpo_c.tree_attention_forward(
         q, k, v, blocks.subtree_end, blocks.depth, sinks, scale, softcap, window, out, logsumexp
