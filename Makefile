@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 # OpenMP threads that wait asleep: those that spin make training some 20 times slower where other programs run too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test lint bench gpu-check clean
+.PHONY: setup demo test lint bench plots gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -29,8 +29,14 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Appends rows to benchmarks/results/results.csv, then writes what README.md and docs/ say of them. SUITE=full: 20 minutes.
+SUITE ?= quick
 bench: setup
-	$(PY) benchmarks/run.py
+	$(PY) benchmarks/run.py --suite $(SUITE)
+	$(PY) benchmarks/plot.py --readme
+
+plots: setup
+	$(PY) benchmarks/plot.py --readme
 
 # Uses the Python that has CUDA's torch, not .venv: it must run where nothing can be downloaded.
 gpu-check:

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from base import compare  # noqa: E402
 from discovery import benches, identity, refresher, work  # noqa: E402
 from measure import RESULTS, Row, append, interleaved, machine, peak_memory, percentile, read  # noqa: E402
-from verify import brief, gate  # noqa: E402
+from verify import brief, gate_all  # noqa: E402
 
 MINUTES = {"quick": 5.0, "full": 20.0, "gpu": 4.0}
 
@@ -43,7 +43,7 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
     """The rows of one case; peers that fail or compute something else are named and left out."""
     device, runs = arguments.device, chosen(bench.implementations(case), arguments.peers)
     inputs = bench.setup(case, device)
-    for name, reason in gate(bench, case, inputs, runs).items():
+    for name, reason in gate_all(bench, case, inputs, runs).items():
         print(f"  {case.name}: {name} is not timed: {reason}", file=sys.stderr)
         del runs[name]
     refresh = refresher(bench, case)

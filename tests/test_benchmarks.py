@@ -1,0 +1,132 @@
+"""The benchmarks' own logic: what is found, gated, reported. No timing decides anything here."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("no benchmarks/: not a checkout", allow_module_level=True)
+sys.path.append(str(ROOT / "benchmarks"))
+
+import discovery  # noqa: E402
+import measure  # noqa: E402
+import plot  # noqa: E402
+import tables  # noqa: E402
+import verify  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str = "case"
+    mode: str = "forward"
+    dtype: torch.dtype = torch.float32
+    shape: dict[str, int] = field(default_factory=lambda: {"N": 3})
+
+
+def doubling() -> SimpleNamespace:
+    """A bench whose op doubles a tensor, and whose check compares with fastpo's output."""
+
+    def check(case, inputs, outputs):
+        for output in outputs.values():
+            torch.testing.assert_close(output, outputs["fastpo"])
+
+    return SimpleNamespace(check=check)
+
+
+def row(**changes: str) -> dict[str, str]:
+    """A row of results.csv, of the headline case of token_logprobs unless changed."""
+    case = discovery.benches(["token_logprobs"])["token_logprobs"].cases("quick", "cpu")[0]
+    figures = {"p20_ms": "1", "p50_ms": "2", "p80_ms": "3", "peak_mib": "4", "floor_share": "0.5", "speedup": "1"}
+    where = {"device": "Some CPU", "threads": "4", "versions": "torch 2", "commit": "c", "implementation": "fastpo"}
+    return {**where, **discovery.identity("token_logprobs", case), **figures, **changes}
+
+
+def test_benches_are_found_and_have_a_headline():
+    found = discovery.benches([])
+    assert {path.parent.name for path in (ROOT / "kernels").glob("*/bench.py")} <= found.keys()
+    for name, bench in found.items():
+        assert bench.cases("quick", "cpu"), name
+    with pytest.raises(SystemExit, match="no_such_op"):
+        discovery.benches(["no_such_op"])
+
+
+def test_a_peer_that_computes_something_else_is_not_timed():
+    runs = {"fastpo": lambda x: 2 * x, "right": lambda x: x + x, "wrong": lambda x: 3 * x, "broken": lambda x: x[99]}
+    failed = verify.gate_all(doubling(), Case(), torch.ones(3), runs)
+    assert failed.keys() == {"wrong", "broken"}
+    assert failed["wrong"].startswith("computes something else")
+
+
+def test_nothing_is_timed_where_fastpo_fails_or_all_disagree_with_it():
+    with pytest.raises(RuntimeError, match="fastpo fails: IndexError"):
+        verify.gate(doubling(), Case(), torch.ones(3), {"fastpo": lambda x: x[99]})
+    with pytest.raises(RuntimeError, match="nothing agrees with fastpo"):
+        runs = {"fastpo": lambda x: 2 * x, "fastpo too": lambda x: 2 * x, "a": lambda x: x, "b": lambda x: -x}
+        verify.gate_all(doubling(), Case(), torch.ones(3), runs)
+
+
+def test_the_gate_leaves_the_inputs_as_they_are():
+    inputs = torch.ones(3)
+    verify.gate(doubling(), Case(), inputs, {"fastpo": lambda x: x.mul_(2), "other": lambda x: x.mul_(2)})
+    assert inputs.tolist() == [1, 1, 1]
+
+
+def test_calls_are_timed_in_turn_on_fresh_inputs():
+    calls = []
+    runs = {"a": lambda x: calls.append(("a", x[0])), "b": lambda x: calls.append(("b", x[0]))}
+    inputs = [0]
+    times = measure.interleaved(runs, inputs, "cpu", 0.0, lambda x: x.__setitem__(0, x[0] + 1))
+    assert calls == [(name, i + 1) for i, (name, _) in enumerate(calls)]
+    assert [name for name, _ in calls] == ["a", "b"] * 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+
+
+def test_rows_are_read_back_as_written(tmp_path):
+    values = {name: "x" for name in measure.Row.__dataclass_fields__}
+    measure.append([measure.Row(**values | {"peak_mib": None})], tmp_path / "rows.csv")
+    measure.append([measure.Row(**values)], tmp_path / "rows.csv")
+    assert measure.read(tmp_path / "rows.csv") == [values | {"peak_mib": ""}, values]
+
+
+def test_the_last_run_of_a_case_on_the_last_device_counts():
+    old = [row(p50_ms="9"), row(implementation="gone", p50_ms="1")]
+    new = [row(), row(implementation="trl", p50_ms="8"), row(implementation="fastpo out of place", p50_ms="1")]
+    (result,) = tables.latest([*old, *new], gpu=False)
+    assert [r["implementation"] for r in result.rows] == ["fastpo", "trl", "fastpo out of place"]
+    assert [r["implementation"] for r in result.peers] == ["trl"]
+    assert not tables.latest(old, gpu=True)
+
+
+def test_a_figure_without_a_row_is_not_printed():
+    rows = [row(p50_ms="123"), row(implementation="trl", p50_ms="456", peak_mib="")]
+    text = plot.blocks(rows)["table"]
+    assert "| **123** |  |  | 456 trl | 3.7x | 4 / - | 50% |" in text
+    assert plot.blocks([])["table"] == "Nothing here has run on a GPU yet.\n"
+    assert not plot.blocks([])["figure"]
+    assert "123" not in plot.blocks([row(case="not a headline", p50_ms="123")])["table"]
+
+
+def test_an_op_without_rows_of_a_gpu_is_untested_there():
+    lines = plot.blocks([row(), row(device="NVIDIA H100", op="preference_loss")])["status"].splitlines()
+    cells = {line.split("|")[1].strip(" `"): [x.strip() for x in line.split("|")[2:4]] for line in lines[2:]}
+    assert cells["token_logprobs"] == ["1 case", "**untested**"]
+    assert cells["preference_loss"] == ["no rows", "1 case"]
+
+
+def test_readme_and_docs_say_what_the_rows_say():
+    assert not plot.stale(measure.read()), "python benchmarks/plot.py --readme writes them"
+
+
+def test_the_figure_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = tables.latest([row(), row(implementation="trl", peak_mib="", floor_share="")], gpu=False)
+    plot.draw(results, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert plot.digest(results) in text
+    assert "TRL" in text
+    assert "token_logprobs" in text
