@@ -206,7 +206,9 @@ void finish_op(const Tensor product, const Tensor factor, const Tensor starts, c
   const int64_t element = static_cast<int64_t>(type == Type::float32 ? 4 : 2);
   for_each_task(rows, rows * size, [&](int64_t row) {
     float* d = data(out) + row * out.stride(0);
-    kernel.scale_row(data(product) + row * product.stride(0), size, data(factor)[row], d);
+    const float* source = data(product) + row * product.stride(0);
+    // In place and unscaled, as for dweight, most rows have no entry either: nothing of them is to be read.
+    if (source != d || data(factor)[row] != 1.f) kernel.scale_row(source, size, data(factor)[row], d);
     where.each(row, [&](int64_t entry, int64_t column, bool) {
       kernel.add_scaled(type, data<char>(weight) + column * stride * element, size, data(values)[entry], d);
     });

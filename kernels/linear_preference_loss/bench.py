@@ -81,8 +81,8 @@ def cases(suite: str, device: str) -> list[Case]:
     hidden, sizes = (4096, (8192,)) if device == "cuda" else (1024, (2048, 4096))
 
     def case(mode: str, tokens: int, vocab: int, masked: int) -> Case:
-        # A tenth of what eager holds, three fp32 tensors [N, V], but not less than 64 MiB.
-        budget = max(64, 3 * tokens * vocab * 4 // 10 // 2**20)
+        # A tenth of what eager holds, three fp32 tensors [N, V], but not less than 192 MiB.
+        budget = max(192, 3 * tokens * vocab * 4 // 10 // 2**20)
         shape = {"tokens": tokens, "hidden": hidden, "vocab": vocab, "masked": masked, "budget": budget}
         return Case(f"{device} {mode}", mode, dtype, shape)
 
