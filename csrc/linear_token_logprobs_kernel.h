@@ -48,10 +48,12 @@ FASTPO_INLINE void store_some(T* p, Vf x, int count) {
   }
 }
 
-static void insert_largest(float* top, int k, Vf y) {
+// Inserts the lanes of y that are named by bits, where they are larger than the k-th largest so far.
+static void insert_largest(float* top, int k, Vf y, uint32_t bits) {
   float lanes[W];
   store(lanes, y);
-  for (float value : lanes) {
+  for (; bits != 0; bits &= bits - 1) {
+    const float value = lanes[__builtin_ctz(bits)];
     if (!(value > top[k - 1])) continue;
     int at = k - 1;
     for (; at > 0 && value > top[at - 1]; --at) top[at] = top[at - 1];
@@ -83,9 +85,13 @@ static float transform_row(float* z, int64_t n, const TileHead& head, float* top
   });
   const float highest = reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
   if (k > 0 && highest > top[k - 1]) {
+    Vf kth = set(top[k - 1]);
     each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
       const Vf y = load_some(z + i, count, -__builtin_inff());
-      if (greater(y, set(top[k - 1])) != 0) insert_largest(top, k, y);
+      const uint32_t bits = greater(y, kth);
+      if (bits == 0) return;
+      insert_largest(top, k, y, bits);
+      kth = set(top[k - 1]);
     });
   }
   return highest;

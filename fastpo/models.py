@@ -1,6 +1,5 @@
 """Loading and saving models; log-probs of responses: the body on whole sequences, the LM head on response rows only."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpo.errors import FastpoError
-from fastpo.kernels.token_logprobs import token_logprobs
+from fastpo.integrations.head import Head, check_head, hidden_states
 
 PromptResponse = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt, token ids of a response to it
 
@@ -94,6 +93,10 @@ class Batch:
     labels: Tensor  # [R] int64, the response tokens
     cu_seqlens: Tensor  # [B+1] int64; response i owns the R-range cu_seqlens[i]:cu_seqlens[i+1]
 
+    def logps(self, head: Head, hidden: Tensor, **settings: Any) -> Any:
+        """Log-probs [R] of the response tokens from the hidden states [R, H] that predict them (see ResponseScorer)."""
+        return head.logps(hidden, self.labels, **settings)
+
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
@@ -128,41 +131,25 @@ def split_by_tokens(lengths: Sequence[int], budget: int, multiple: int = 1) -> I
 
 
 class ResponseScorer(nn.Module):
-    """Log-probs of response tokens under ``model``, as a module that accelerate can wrap (DDP, FSDP2).
+    """What a training step computes of ``model``, as a module that accelerate can wrap (DDP, FSDP2).
 
-    ``scorer(batch, stats)`` is, in plain PyTorch::
+    ``scorer(batch, of)`` is ``of(head, hidden)``: the LM head with its settings, and the hidden states [R, H] that
+    predict the R response tokens, which alone go through the head; ``scorer(batch, batch.logps)`` their log-probs. No
+    logits [R, V] are kept. ``of`` should return tensors, in tuples or dicts: it is called inside the forward, where
+    the head's weight is whole, and the wrappers look for the tensors that they return gradients to.
 
-        logits = model(batch.input_ids).logits.flatten(0, 1)[batch.rows]          # [R, V]
-        return token_logprobs(logits, batch.labels, stats=stats)                   # [R] fp32, and the statistics if any
-
-    but the LM head sees the R response rows only. A model that does more to its logits than its head does (a softcap, a
-    scale) is found out by comparing both ways on a few tokens; its own ``forward`` then makes the logits, from the
-    first response column on. ``head`` says which it is: ``"rows"`` or ``"columns"``.
+    Raises FastpoError for a model that does more to its logits than its head and its config say.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
+        check_head(model)
         self.model = model
-        self.head = "rows" if _head_is_plain(model) else "columns"
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # where FSDP's wrapping policy looks
 
-    def forward(self, batch: Batch, stats: tuple[str, ...] = ()) -> Any:
-        logits = self._from_rows(batch) if self.head == "rows" else self._from_columns(batch)  # [R, V]
-        return token_logprobs(logits, batch.labels, stats=stats)
-
-    def _from_rows(self, batch: Batch) -> Tensor:
-        body, head = _body_and_head(self.model)
-        hidden = body(input_ids=batch.input_ids, use_cache=False)[0]  # [B, L, H]
-        return head(hidden.flatten(0, 1).index_select(0, batch.rows))
-
-    def _from_columns(self, batch: Batch) -> Tensor:
-        width = batch.input_ids.shape[1]
-        kept, keep = width, {}
-        if "logits_to_keep" in inspect.signature(unwrapped(self.model).forward).parameters:
-            kept = width - int((batch.rows % width).min())
-            keep = {"logits_to_keep": kept}
-        logits = self.model(input_ids=batch.input_ids, use_cache=False, **keep).logits  # [B, kept, V]
-        return logits[batch.rows // width, batch.rows % width - (width - kept)]
+    def forward(self, batch: Batch, of: Callable[[Head, Tensor], Any]) -> Any:
+        hidden = hidden_states(self.model, input_ids=batch.input_ids, use_cache=False)  # [B, L, H]
+        return of(Head.of(self.model), hidden.flatten(0, 1).index_select(0, batch.rows))
 
 
 def response_logps(
@@ -199,7 +186,7 @@ def response_logps(
             if mine:
                 batch = collate([sequences[i] for i in mine]).to(device)
                 with torch.no_grad(), accelerator.autocast():
-                    scored = scorer(batch).cpu()  # [R]
+                    scored = scorer(batch, batch.logps).cpu()  # [R]
                 targets = torch.cat([torch.arange(*cu_seqlens[i : i + 2].tolist()) for i in mine])  # [R]
                 logps[targets] = scored
             if progress is not None:
@@ -218,30 +205,3 @@ def save_model(model: nn.Module, directory: str | Path, accelerator: Accelerator
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(directory, state_dict=state)
     accelerator.wait_for_everyone()
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside a peft one (whose adapters live in its layers), else the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _body_and_head(model: Any) -> tuple[Any, Any]:
-    model = unwrapped(model)
-    return model.base_model, model.get_output_embeddings()
-
-
-@torch.no_grad()
-def _head_is_plain(model: Any) -> bool:
-    """Whether the logits are the LM head on the body's last hidden states, to the bit, on a few tokens."""
-    body, head = _body_and_head(model)
-    if head is None or body is unwrapped(model):
-        return False
-    vocabulary = model.config.get_text_config().vocab_size
-    input_ids = torch.arange(1, 5, device=next(model.parameters()).device)[None] % vocabulary  # [1, 4]
-    was_training = model.training
-    model.eval()
-    try:
-        hidden = body(input_ids=input_ids, use_cache=False)[0]
-        return torch.equal(head(hidden), model(input_ids=input_ids, use_cache=False).logits)
-    finally:
-        model.train(was_training)

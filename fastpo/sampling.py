@@ -15,7 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fastpo.errors import FastpoError, RunError
-from fastpo.models import context_length, unwrapped
+from fastpo.integrations.head import unwrapped
+from fastpo.models import context_length
 
 _COMPACT_BELOW = 0.8  # finished rows leave the batch when this share or less of its rows is still running
 

@@ -3,6 +3,7 @@
 The loop gives them their inputs and writes what they return; the single commands (``fastpo sample`` ...) call the same.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -243,7 +244,7 @@ def token_statistics(model: PreTrainedModel, sequences: Sequence[PromptResponse]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in sequences]
     for group in split_by_tokens(lengths, config.micro_batch_tokens):
         batch = collate([sequences[i] for i in group]).to(device)
-        _, stats = scorer(batch, names)
+        _, stats = scorer(batch, functools.partial(batch.logps, stats=names))
         sums += torch.stack([stats[name].double().sum().cpu() for name in names])
         tokens += batch.labels.shape[0]
     return dict(zip(names, (sums / tokens).tolist(), strict=True))

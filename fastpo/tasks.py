@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.errors import FastpoError
-from fastpo.kernels.preference_loss import preference_loss
+from fastpo.integrations.head import Head
 from fastpo.models import PromptResponse, collate
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
@@ -53,9 +53,13 @@ class SupervisedTask:
         self, scorer: nn.Module, items: Sequence[int], batch: Sequence[int], device: torch.device
     ) -> tuple[Tensor, Tensor]:
         packed = collate([self.examples[i] for i in items]).to(device)
-        logps, stats = scorer(packed, _STATS)  # [R]
-        loss = -logps.sum()
-        return loss, torch.stack([loss.detach(), *_token_sums(logps, stats)])
+
+        def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            logps, stats = head.logps(hidden, packed.labels, stats=_STATS)  # [R]
+            loss = -logps.sum()
+            return loss, torch.stack([loss.detach(), *_token_sums(stats)])
+
+        return scorer(packed, of)
 
     def record(self, sums: list[float]) -> Record:
         loss, *token_sums = sums
@@ -91,22 +95,25 @@ class PreferenceTask:
         if self.ref_logps is not None:
             ref_logps = torch.cat([self.ref_logps[key] for key in responses]).to(device)  # [R]
 
-        logps, stats = scorer(packed, _STATS)  # [R]
-        out = preference_loss(
-            logps, ref_logps, Segments(packed.cu_seqlens), Pairs(index, weights=weights), self._summed(batch)
-        )
-        lengths = packed.cu_seqlens.diff()[index]  # [P, 2]
-        sums = [
-            out.losses.sum(),
-            out.nll[:, 0].sum(),
-            *out.rewards.sum(0),
-            (out.margins > 0).sum(),
-            *out.logps[index].sum(0),
-            *(out.logps[index] / lengths).sum(0),
-            torch.tensor(len(pairs), device=device),
-            *_token_sums(logps, stats),
-        ]
-        return out.loss, torch.stack([s.detach().float() for s in sums])
+        segments, lengths = Segments(packed.cu_seqlens), packed.cu_seqlens.diff()[index]  # [P, 2]
+        tuples, objective = Pairs(index, weights=weights), self._summed(batch)
+
+        def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            given = (hidden, packed.labels, ref_logps, segments, tuples, objective)
+            out, stats = head.preference_loss(*given, stats=_STATS)
+            sums = [
+                out.losses.sum(),
+                out.nll[:, 0].sum(),
+                *out.rewards.sum(0),
+                (out.margins > 0).sum(),
+                *out.logps[index].sum(0),
+                *(out.logps[index] / lengths).sum(0),
+                torch.tensor(len(pairs), device=device),
+                *_token_sums(stats),
+            ]
+            return out.loss, torch.stack([s.detach().float() for s in sums])
+
+        return scorer(packed, of)
 
     def record(self, sums: list[float]) -> Record:
         *per_pair, num_pairs = sums[: len(_PER_PAIR) + 1]
@@ -141,9 +148,10 @@ def _check_reference(pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor
                 raise FastpoError(f"ref_logps[{key!r}] has shape {shape}; it should be ({len(response)},)")
 
 
-def _token_sums(logps: Tensor, stats: Mapping[str, Tensor]) -> list[Tensor]:
+def _token_sums(stats: Mapping[str, Tensor]) -> list[Tensor]:
     """Of the response tokens [R]: each statistic, and their number, summed."""
-    return [*(stats[name].detach().sum() for name in _STATS), logps.new_tensor(logps.shape[0])]
+    values = [stats[name].detach() for name in _STATS]
+    return [*(value.sum() for value in values), values[0].new_tensor(values[0].shape[0])]
 
 
 def _token_means(sums: Sequence[float]) -> Record:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import CONTEXT, NAMES, PLAIN_HEADS, build, random_tokens
+from tiny_models import CONTEXT, NAMES, build, random_tokens
 
 from fastpo.errors import FastpoError
 from fastpo.models import (
@@ -47,25 +47,46 @@ def test_response_logps_are_those_of_the_whole_logits(name, micro_batch_tokens):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_head_that_is_not_plain_is_found_out(name):
-    assert ResponseScorer(build(name)).head == ("rows" if name in PLAIN_HEADS else "columns")
-
-
-def test_both_ways_through_the_head_give_the_same_gradients():
+def test_gradients_are_those_of_the_whole_logits(name):
+    """Scales, softcaps, a bias and tied weights included; float64, so that only a wrong formula can differ."""
     batch, gradients = collate(sequences()), []
-    for head in ("rows", "columns"):
-        model = build()
-        scorer = ResponseScorer(model)
-        scorer.head = head
-        scorer(batch).sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
+    model = build(name).double()
+    width = batch.input_ids.shape[1]
+    logits = model(input_ids=batch.input_ids).logits[batch.rows // width, batch.rows % width]  # [R, V]
+    whole = logits.log_softmax(-1).gather(1, batch.labels[:, None])
+    scored = ResponseScorer(model)(batch, batch.logps)
+    for logps in (whole, scored):
+        model.zero_grad()
+        logps.sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_statistics_come_with_the_logps():
-    logps, stats = ResponseScorer(build())(collate(sequences()), ("entropy", "topk_mass"))
-    assert logps.shape == stats["entropy"].shape == stats["topk_mass"].shape == (41,)
+def test_lora_on_the_head_is_honoured():
+    """Adapters on the body and on the head, their B not zero; through peft's wrapper as the stages see it."""
+    peft = pytest.importorskip("peft")
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build("qwen2"), peft.LoraConfig(**settings)).eval()
+    logps, cu_seqlens = response_logps(model, sequences())
+    for i, (prompt, response) in enumerate(sequences()):
+        truth = expected_logps(model, prompt, response)
+        torch.testing.assert_close(logps[cu_seqlens[i] : cu_seqlens[i + 1]].double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused():
+    model = build()
+    forward = model.forward
+
+    def sharper(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+
+    model.forward = sharper
+    with pytest.raises(FastpoError, match="does more to its logits than its LM head and config say"):
+        ResponseScorer(model)
 
 
 def test_split_by_tokens_keeps_every_index_once_within_the_budget():

@@ -47,7 +47,6 @@ _BUILDERS = {
     ),
 }
 NAMES = tuple(_BUILDERS)
-PLAIN_HEADS = {"llama", "qwen2", "gpt2", "phi", "mistral"}
 
 
 def build(name: str = "llama", seed: int = 0) -> PreTrainedModel:

@@ -1,6 +1,10 @@
-"""The LM head of a transformers model as arguments of ``linear_token_logprobs``, or a refusal that says what is odd.
+"""The LM head of a transformers model as arguments of the fused ops, or a refusal that says what is odd about it.
 
-H hidden size, V vocabulary entries, R rows of hidden, r LoRA's rank.
+    head = Head.of(model)                                      # in the forward that uses it: FSDP exchanges weights
+    logps = head.logps(hidden, labels, rows)                   # linear_token_logprobs
+    out = head.preference_loss(hidden, labels, ref_logps, segments, pairs, objective)    # linear_preference_loss
+
+H hidden size, V vocabulary entries, N rows of hidden, R labels, r LoRA's rank.
 """
 
 from collections.abc import Iterator
@@ -13,7 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastpo.errors import FastpoError
+from fastpo.kernels.linear_preference_loss import linear_preference_loss
 from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
+from fastpo.objectives import Objective
+from fastpo.types import Pairs, Segments
 
 _MEAN_CHUNK = 2**25  # logits of a chunk where their mean needs them
 
@@ -30,12 +37,13 @@ class Head:
 
     @staticmethod
     def of(model: Any) -> "Head":
-        """The head of a (not peft-wrapped) causal LM as it is now: FSDP and peft exchange it between calls.
+        """The head of a causal LM, peft's wrapper around it or not, as it is now: FSDP and peft exchange it.
 
         Honours a bias, LoRA on the head (several active adapters too), a fully trained copy (``modules_to_save``), the
         softcap of Gemma and the scales of Granite, Cohere, Falcon-H1, MiniCPM3, HyperCLOVA X. Refuses DeepSpeed's
         ZeRO-3 and adapters that are not a plain sum of low-rank products (DoRA, dropout in training, ...).
         """
+        model = unwrapped(model)
         layer = model.get_output_embeddings()
         if layer is None:
             raise FastpoError(f"model {type(model).__name__} has no output embeddings; the fused head needs an LM head")
@@ -51,13 +59,35 @@ class Head:
         config = model.config.get_text_config()
         return Head(weight, bias, lora, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
-    def logps(self, hidden: Tensor, labels: Tensor, rows: Tensor, **settings: Any) -> Any:
-        """``linear_token_logprobs(hidden [N, H], W, labels [R], rows=rows [R], ...)`` with this head's settings."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the weight, as keywords of ``linear_token_logprobs`` and ``linear_preference_loss``."""
         scales = {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
-        hidden = hidden.to(self.weight.device)
-        labels, rows = labels.to(hidden.device), rows.to(hidden.device)
-        head = {"bias": self.bias, "lora": self.lora, "rows": rows, "ignore_index": None}
-        return linear_token_logprobs(hidden, self.weight, labels, **head, **scales, **settings)
+        return {"bias": self.bias, "lora": self.lora, **scales}
+
+    def logps(self, hidden: Tensor, labels: Tensor, rows: Tensor | None = None, **settings: Any) -> Any:
+        """``linear_token_logprobs`` of hidden [N, H] and labels [R], which rows [R] predict (else row i label i).
+
+        Every label counts. ``settings``: stats, topk, temperature, ...
+        """
+        hidden, labels = hidden.to(self.weight.device), labels.to(self.weight.device)
+        rows = None if rows is None else rows.to(hidden.device)
+        given = {"rows": rows, "ignore_index": None, **self.settings, **settings}
+        return linear_token_logprobs(hidden, self.weight, labels, **given)
+
+    def preference_loss(
+        self,
+        hidden: Tensor,  # [N, H]
+        labels: Tensor,  # [T]
+        ref_logps: Tensor | None,  # [T]
+        segments: Segments,
+        pairs: Pairs,
+        objective: Objective,
+        **settings: Any,  # rows [T], stats, memory_budget, ...
+    ) -> Any:
+        """``linear_preference_loss`` with this head, on the device of its weight."""
+        of = (labels, ref_logps, segments, pairs, objective)
+        return linear_preference_loss(hidden, self.weight, *of, **self.settings, **settings)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -97,6 +127,7 @@ def check_head(model: Any) -> None:
     A model on the meta device (what FSDP's other ranks hold while rank 0 loads) is left to the rank that has it.
     """
     Head.of(model)
+    model = unwrapped(model)
     parameter = next(model.parameters())
     if parameter.is_meta:
         return
@@ -114,9 +145,14 @@ def check_head(model: Any) -> None:
         )
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a peft one (whose adapters live in its layers), else the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def hidden_states(model: Any, **kwargs: Any) -> Tensor:
     """[B, L, H] what the model's body hands to its head."""
-    return model.base_model(**kwargs).last_hidden_state
+    return unwrapped(model).base_model(**kwargs).last_hidden_state
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastpo.errors import FastpoError
-from fastpo.integrations.head import Head, check_head, evaluating
+from fastpo.integrations.head import Head, check_head, evaluating, unwrapped
 from fastpo.integrations.packing import check_packing, pack
 
 # Outputs that are statistics of linear_token_logprobs; log_probs and mean_logits are not.
@@ -174,7 +174,7 @@ class FusedLossMixin:
             raise FastpoError('use_liger_kernel is True; set liger_kernel_config={"fused_linear_cross_entropy": False}')
         if settings.n_gpu > 1:
             raise FastpoError(f"n_gpu is {settings.n_gpu} (DataParallel); start one process per GPU with torchrun")
-        add_fused_head(_base_model(trainer.model))
+        add_fused_head(unwrapped(trainer.model))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if not return_outputs:
@@ -238,14 +238,9 @@ def _call(model: Any, batch: Mapping[str, Any], padding_free: bool, **settings: 
         )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise FastpoError("model learns a prompt (peft); the fused loss honours adapters in layers only")
-    model = _base_model(model)
+    model = unwrapped(model)
     _check_once(model, padding_free)
     return fused_forward(model, padding_free=padding_free, **settings, **batch)
-
-
-def _base_model(model: Any) -> Any:
-    """The transformers model inside a peft one (whose adapters live in its layers), else the model."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _check_once(model: PreTrainedModel, padding_free: bool) -> None:

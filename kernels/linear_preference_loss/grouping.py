@@ -13,6 +13,8 @@ from fastpo.kernels.linear_token_logprobs.planning import Plan
 from fastpo.kernels.linear_token_logprobs.planning import plan as plan_head
 from fastpo.types import Pairs, Segments
 
+_LEAST_CHUNK = 512  # rows of a tile that GEMMs run at nearly their full rate with
+
 
 @dataclass(frozen=True)
 class Group:
@@ -129,7 +131,12 @@ class Costs:
         return plan if lent_rows == 0 or num_rows == 0 else self._with_loan(plan, num_rows, lent_rows)
 
     def _with_loan(self, plan: Plan, num_rows: int, most: int) -> Plan:
-        """Whole chunks of rows are lent memory: chunks are made to fit it, of equal size if the budget allows."""
+        """Whole chunks of rows are lent memory: chunks are made to fit it, of equal size if the budget allows.
+
+        Small chunks cost more time than the memory is worth: without need none is lent.
+        """
+        if most < min(plan.row_chunk, _LEAST_CHUNK) and whole(plan):
+            return plan
         own = plan.kept_elements // self.vocab_size
         largest = min(plan.row_chunk, most)
         equal = -(-num_rows // -(-num_rows // largest))
