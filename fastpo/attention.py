@@ -8,9 +8,9 @@ How the tree travels. Attention modules hand every keyword that they do not know
 arguments that gradient checkpointing keeps, so the recomputation in the backward (on another thread on CUDA) sees the
 same tree; a context variable would be gone by then. DDP, FSDP2, accelerate and peft hand keywords on.
 
-What is changed. Each attention module gets a ``forward`` of its own: with ``tree=`` its class's forward runs under a
-config that names fastpo's function; without, its class's forward runs and nothing else. So masks, caches, generation
-and the config that is saved are those of the model as it was. ``disable`` removes the attribute.
+What is changed. Each attention module gets a ``forward`` around the one it had: with ``tree=`` that runs under a config
+that names fastpo's function; without, it runs and nothing else. So masks, caches, generation and the config that is
+saved are those of the model as it was. ``disable`` takes the attribute away.
 
 Masks. transformers' masks know documents, not branches. ``tree_inputs`` passes an ``attention_mask`` of four
 dimensions, which transformers hands on as it is (no N x N mask is made), and of no elements, so that an attention
@@ -31,7 +31,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from fastpo.errors import FastpoError
 from fastpo.integrations.head import hidden_states, trial
-from fastpo.kernels.tree_attention import tree_attention
+from fastpo.kernels.tree_attention import AttentionBlocks, attention_blocks, tree_attention
 from fastpo.types import TokenTree
 
 IMPLEMENTATION = "fastpo"
@@ -57,7 +57,7 @@ def enable(model: Any) -> Any:
     interface (bloom, mpt) or are recurrent (mamba, qwen3_next), a tree that is dropped on the way (stablelm), windows
     that are in the mask alone, biases in the attention, and whatever else shows as a difference.
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     if _attention_modules(base):
         return model
     AttentionInterface.register(IMPLEMENTATION, _attention_forward)
@@ -77,24 +77,27 @@ def enable(model: Any) -> Any:
 
 def disable(model: Any) -> Any:
     """Takes ``enable`` back; returns ``model``. Does nothing to a model that is not enabled."""
-    for module in _attention_modules(_transformers_model(model)):
+    for module in _attention_modules(transformers_model(model)):
         _remove(module)
     return model
 
 
 def is_enabled(model: Any) -> bool:
     """Whether ``model`` takes a tree."""
-    return bool(_attention_modules(_transformers_model(model)))
+    return bool(_attention_modules(transformers_model(model)))
 
 
 def tree_inputs(tree: TokenTree) -> dict[str, Any]:
-    """The arguments with which an enabled model, or its body, computes all N nodes of ``tree`` in one call."""
+    """The arguments with which an enabled model, or its body, computes all N nodes of ``tree`` in one call.
+
+    ``tree`` on the model's device. The metadata of the attention is made here, O(N), for all layers and the backward.
+    """
     return {
         "input_ids": tree.tokens[None],  # [1, N]
         "position_ids": tree.depth[None],  # [1, N]
         "attention_mask": torch.empty(1, 1, 0, 0, device=tree.tokens.device),  # see the module's docstring
         "use_cache": False,
-        "tree": tree,
+        "tree": attention_blocks(tree),
     }
 
 
@@ -109,7 +112,7 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,  # [Hq], attention sinks
-    tree: TokenTree | None = None,
+    tree: AttentionBlocks | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What ``AttentionInterface`` calls: ``tree_attention`` on [N, H, D] views. Returns [1, N, Hq, D], no weights."""
@@ -140,27 +143,35 @@ def _attention_forward(
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an enabled attention module: its class's, under fastpo's attention where there is a tree."""
-    forward = type(self).forward
+    """The forward of an enabled attention module: its own, under fastpo's attention where there is a tree."""
     if kwargs.get("tree") is None:
-        return forward(self, *args, **kwargs)
+        return _own_forward(self, *args, **kwargs)
     own = self.config
     self.config = self._fastpo_config
     try:
-        return forward(self, *args, **kwargs)
+        return _own_forward(self, *args, **kwargs)
     finally:
         self.config = own
+
+
+def _own_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    replaced = module._fastpo_replaced
+    return type(module).forward(module, *args, **kwargs) if replaced is None else replaced(*args, **kwargs)
 
 
 def _install(module: Any) -> None:
     config = copy.copy(module.config)
     config._attn_implementation_internal = IMPLEMENTATION  # not the property: it would set shared sub-configs too
     module._fastpo_config = config
+    module._fastpo_replaced = vars(module).get("forward")  # one that accelerate's hooks, say, have set on the module
     module.forward = types.MethodType(_forward, module)
 
 
 def _remove(module: Any) -> None:
-    del module._fastpo_config, module.forward
+    replaced = module._fastpo_replaced
+    del module._fastpo_config, module._fastpo_replaced, module.forward
+    if replaced is not None:
+        module.forward = replaced
 
 
 def _attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -172,7 +183,8 @@ def _has_attention_config(module: nn.Module) -> bool:
     return isinstance(getattr(module, "config", None), PreTrainedConfig) and not isinstance(module, PreTrainedModel)
 
 
-def _transformers_model(model: Any) -> PreTrainedModel:
+def transformers_model(model: Any) -> PreTrainedModel:
+    """``model``, or the transformers model inside a peft one (whose adapters live in its layers)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise FastpoError(

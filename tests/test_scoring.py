@@ -1,0 +1,106 @@
+"""``score``: the log-probs of a tree's paths, whatever they are packed with, and its statistics."""
+
+import pytest
+import torch
+from tiny_models import CONTEXT, random_tokens
+from tree_cases import alone, build, sequences, tree
+
+import fastpo
+from fastpo.errors import FastpoError
+from fastpo.scoring import TreeScorer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def forests(number):
+    return [tree(seed) for seed in range(number)]
+
+
+@pytest.mark.parametrize("budget", [18, 40, 10_000])  # cut trees, a tree a row, all in one row
+def test_sums_and_logps_of_many_trees(model, budget):
+    trees = forests(7)
+    scores = fastpo.score(model, trees, token_budget=budget)
+    for seed, (t, found) in enumerate(zip(trees, scores, strict=True)):
+        nodes, cu_seqlens = fastpo.sequence_nodes(t)
+        wanted = alone(model, *sequences(seed)).detach()
+        torch.testing.assert_close(found.logps[nodes], wanted, rtol=1e-5, atol=1e-5)
+        sums = torch.stack([part.sum() for part in wanted.tensor_split(cu_seqlens[1:-1])])
+        torch.testing.assert_close(found.sums, sums, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.lengths, cu_seqlens.diff())
+        other = torch.ones(t.num_nodes, dtype=torch.bool)
+        other[nodes] = False
+        assert not found.logps[other].any()
+
+
+def test_statistics_are_those_of_the_predicting_distribution(model):
+    t = tree()
+    [found] = fastpo.score(model, [t], stats=("entropy", "topk_mass"), topk=3)
+    with torch.no_grad():
+        logits = model(**fastpo.tree_inputs(t)).logits[0]
+    nodes = fastpo.trained_nodes(t)
+    p = logits.softmax(-1)[t.parent[nodes]]
+    torch.testing.assert_close(found.stats["entropy"][nodes], -(p * p.log()).sum(-1))
+    torch.testing.assert_close(found.stats["topk_mass"][nodes], p.topk(3).values.sum(-1))
+
+
+def test_trees_are_taken_as_they_are_needed(model):
+    taken, done = [], []
+
+    def stream():
+        for seed in range(100):
+            taken.append(seed)
+            yield tree(seed % 3)
+
+    scores = fastpo.score_stream(model, stream(), token_budget=40, progress=done.append)
+    next(scores)
+    assert 16 <= len(taken) < 32
+    assert 1 + len(list(scores)) == 100 == sum(done)
+
+
+def test_no_trees(model):
+    assert fastpo.score(model, []) == []
+
+
+def test_a_head_of_its_own_is_honoured():
+    """Softcap and a window, through the fused head and the tree."""
+    model = build("gemma2")
+    [found] = fastpo.score(model, [tree()])
+    wanted = alone(model, *sequences()).detach()
+    torch.testing.assert_close(found.logps[fastpo.sequence_nodes(tree())[0]], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_runs_once_per_distinct_predictor(model, monkeypatch):
+    """Six counted nodes below two predictors are two rows of the head."""
+    from fastpo.kernels.linear_token_logprobs import engine
+
+    rows = []
+    original = engine.forward
+
+    def counted(head, batch, *rest, **settings):
+        rows.append(batch.x.shape[0])
+        return original(head, batch, *rest, **settings)
+
+    monkeypatch.setattr(engine, "forward", counted)
+    t = fastpo.build_tree([[5, 6, i] for i in range(10, 16)], starts=1)
+    with torch.no_grad():
+        assert len(TreeScorer(model)(t)) == 7
+    assert rows == [2]
+
+
+def test_a_path_beyond_the_context(model):
+    trees = [tree(), fastpo.build_tree(random_tokens(CONTEXT + 1), starts=3)]
+    with pytest.raises(FastpoError, match=r"trees\[1\] has a path of 65 tokens; it should have at most 64"):
+        fastpo.score(model, trees)
+
+
+def test_a_budget_that_is_too_small(model):
+    with pytest.raises(FastpoError, match="token_budget is 8; it should be at least 18, the longest path of trees"):
+        fastpo.score(model, [tree()], token_budget=8)
+
+
+def test_a_model_that_cannot():
+    with pytest.raises(FastpoError, match="cannot take trees"):
+        fastpo.score(build("bloom"), [tree()])
