@@ -104,7 +104,19 @@ def parse(command: Command, argv: Sequence[str]) -> tuple[Config, argparse.Names
             f"{command.name} has no option {name}{suggestion(name.lstrip('-'), options)} (fastpo {command.name} --help)"
         )
     parsed = {name: value for name, value in vars(namespace).items() if name in keys.key_types()}
+    _drop_embedded_start(parsed, values, argv)
     return Config(**{**values, **parsed}), namespace
+
+
+def _drop_embedded_start(parsed: dict[str, Any], recipe: dict[str, Any], argv: Sequence[str]) -> None:
+    """A model given in place of a recipe's embedded one comes without the embedded warm start, unless that is given."""
+    given = any(word.replace("-", "_").startswith("__warm_start") for word in argv)
+    if (
+        "embedded" == recipe.get("model") == recipe.get("warm_start")
+        and parsed.get("model") != "embedded"
+        and not given
+    ):
+        parsed["warm_start"] = None
 
 
 def _parser(command: Command) -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
 """One flat set of settings: defaults here, a YAML recipe over them, the command line over both.
 
 Every key is a field of one of the groups below, and a flag of the same name (``--num_samples`` or ``--num-samples``).
-A recipe is a flat YAML mapping of the same keys. Keys that may change from iteration to iteration are lists: one value
-per iteration, the last one repeats (``temperature: [0.8, 0.8, 1.3]``).
+A recipe is a flat YAML mapping of the same keys, and ``extends``, another recipe that it adds to. Keys that may change
+from iteration to iteration are lists: one value per iteration, the last one repeats (``temperature: [0.8, 0.8, 1.3]``).
 """
 
 import dataclasses
@@ -81,6 +81,7 @@ class WarmStartKeys:
         "worked step by step, some bare",
     )
     warm_start_examples: int = _key(20000, "embedded: number of demonstrations")
+    warm_start_judgements: float = _key(0.0, "embedded: share of the demonstrations that teach to judge answers")
     warm_start_steps: int = _key(2000, "optimizer steps")
     warm_start_batch_size: int = _key(64, "demonstrations per step, over all processes")
     warm_start_learning_rate: float = _key(2e-3, "peak learning rate")
@@ -94,6 +95,14 @@ class SamplingKeys:
     num_samples: int = _key(8, "responses per prompt (N)")
     max_new_tokens: int = _key(96, "longest response in tokens")
     temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "per iteration"})
+    temperature_scan: list[float] = field(
+        default_factory=list,
+        metadata={"help": "before each iteration these are tried; the one of the best balance is used (B-STaR)"},
+    )
+    threshold_scan: list[float] = field(
+        default_factory=list, metadata={"help": "with temperature_scan: the win_thresholds that are tried"}
+    )
+    scan_prompts: int = _key(64, "with temperature_scan: prompts that each is tried on")
     top_p: float = _key(1.0, "nucleus; 1: off")
     top_k: int = _key(0, "0: off")
     sample_batch_size: int = _key(512, "sequences generated at once")
@@ -115,19 +124,63 @@ class RewardKeys:
 
 
 @dataclass
+class JudgeKeys:
+    _argument_group_name = "what pairs are chosen by, where it is not the reward"
+
+    score_by: Literal["reward", "judge", "duels", "implicit"] = _key(
+        "reward",
+        "reward; judge: a model's grade of each response; duels: win rates where a model compares them two by two; "
+        "implicit: the log-ratio of the iteration's start to M_0 (iteration 1: the mean log-prob)",
+    )
+    judge_model: str | None = _key(None, "path or Hub name of the judging model; none: the iteration's own start")
+    judge_mode: Literal["labels", "text"] = _key(
+        "labels", "labels: the expected grade from the probabilities of the grades; text: grades parsed from samples"
+    )
+    judge_samples: int = _key(3, "text mode: judgements per response, averaged")
+    judge_template: str | None = _key(
+        None, "what the judge is asked, with {prompt} and {response} (duels: {first} and {second}); none: the default"
+    )
+    judge_max_new_tokens: int = _key(256, "text mode: longest judgement in tokens")
+    answer_marker: str | None = _key(None, "only what stands from its last occurrence on is judged and measured (TPO)")
+
+
+@dataclass
 class PairKeys:
     _argument_group_name = "pairs"
 
-    pair_rule: Literal["irpo", "scpo"] = _key(
-        "irpo", "irpo: right x wrong answers, cyclically; scpo: most x least consistent answer by vote"
+    pair_rule: Literal[
+        "irpo",
+        "scpo",
+        "max_min",
+        "max_random",
+        "max_max",
+        "tiers",
+        "win_rate",
+        "consistency",
+        "spin",
+        "unpaired",
+        "list",
+        "third",
+        "edits",
+        "judgements",
+    ] = _key(
+        "irpo",
+        "irpo: right x wrong answers, cyclically; scpo: most x least consistent answer by vote; max_min: best x worst; "
+        "max_random, max_max: best x a random lower one, x the next best; tiers: shortest of the best x longest of the "
+        "worst; win_rate: best x worst by mean win rate; consistency: max_min with CREAM's soft labels; spin: the "
+        "data's solution x samples; unpaired: winners and losers by themselves; list: the whole ranking; third: irpo "
+        "and one more sample; edits: winners x themselves with an error put in; judgements: right x wrong judgements",
     )
-    pairs_per_prompt: int = _key(4, "irpo: at most this many pairs per prompt (K)")
-    win_threshold: float = _key(1.0, "irpo: a reward of at least this wins, a lower one loses")
-    gold_wins: bool = _key(False, "irpo: the data's own solution joins the winners")
+    pairs_per_prompt: int = _key(4, "at most this many pairs per prompt (K); list: members")
+    win_threshold: float = _key(1.0, "a reward of at least this wins, a lower one loses")
+    gold_wins: bool = _key(False, "irpo, edits: the data's own solution joins the winners")
     vote_threshold: list[float] = field(
         default_factory=lambda: [0.5, 0.7],
         metadata={"help": "scpo, per iteration: a prompt counts if its best answer has at least this share of votes"},
     )
+    length_rho: float = _key(0.0, "score: z(score) - rho z(length), over the samples of a prompt (TPO); tiers: width")
+    length_penalty: float = _key(0.0, "score: less this for each token (RLHF workflow)")
+    judge_pairs: int = _key(0, "tiers: of so many responses, the judgements that a meta-judge ranks are trained on too")
 
 
 @dataclass
@@ -137,6 +190,10 @@ class ObjectiveKeys:
     objective: str = _key("irpo", "a preset of fastpo.objectives: irpo, scpo, dpo, cdpo, ipo, hinge, simpo, rpo, ...")
     beta: float | None = _key(None, "strength of the reference; none: the preset's")
     alpha: float | None = _key(None, "weight of the NLL term; none: the preset's")
+    objective_settings: list[str] = field(
+        default_factory=list, metadata={"help": "further settings of the preset, like gamma=0.5"}
+    )
+    reference_mix: float = _key(0.0, "share of M_0 in the reference log-probs, the rest being the iteration's start")
 
 
 @dataclass
@@ -172,6 +229,7 @@ GROUPS = (
     WarmStartKeys,
     SamplingKeys,
     RewardKeys,
+    JudgeKeys,
     PairKeys,
     ObjectiveKeys,
     TrainingKeys,
@@ -188,6 +246,7 @@ class Config(
     TrainingKeys,
     ObjectiveKeys,
     PairKeys,
+    JudgeKeys,
     RewardKeys,
     SamplingKeys,
     WarmStartKeys,
@@ -243,6 +302,17 @@ _CHECKS = [
     ),
     (lambda c: c.beta is None or c.beta > 0, "beta is {beta}; it should be above 0"),
     (lambda c: c.alpha is None or c.alpha >= 0, "alpha is {alpha}; it should be 0 or more"),
+    (
+        lambda c: 0 <= c.warm_start_judgements <= 1,
+        "warm_start_judgements is {warm_start_judgements}; it should be a share in [0, 1]",
+    ),
+    (lambda c: c.judge_samples >= 1, "judge_samples is {judge_samples}; it should be at least 1"),
+    (lambda c: c.length_rho >= 0, "length_rho is {length_rho}; it should be 0 or more"),
+    (lambda c: 0 <= c.reference_mix <= 1, "reference_mix is {reference_mix}; it should be a share in [0, 1]"),
+    (
+        lambda c: all("=" in setting for setting in c.objective_settings),
+        "objective_settings is {objective_settings}; it should be a list of name=number",
+    ),
     (lambda c: c.batch_size >= 1, "batch_size is {batch_size}; it should be at least 1"),
     (lambda c: c.learning_rate > 0, "learning_rate is {learning_rate}; it should be above 0"),
     (lambda c: c.num_epochs > 0, "num_epochs is {num_epochs}; it should be above 0"),
@@ -281,7 +351,10 @@ def recipe_path(name: str | Path) -> Path:
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """The keys of a recipe, checked: known names (the nearest is suggested), values of the key's type."""
+    """The keys of a recipe, checked: known names (the nearest is suggested), values of the key's type.
+
+    ``extends: NAME`` takes the keys of another recipe first.
+    """
     path = recipe_path(name)
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -292,7 +365,8 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise FastpoError(f"{path}: a {type(loaded).__name__}, it should be a mapping of keys to values")
     known = key_types()
-    values = {}
+    base = loaded.pop("extends", None)
+    values = {} if base is None else read_recipe(base)
     for key, value in loaded.items():
         key_name = str(key).replace("-", "_")
         if key_name not in known:

@@ -24,7 +24,7 @@ from typing import Any
 
 from fastpo.artifacts import read_jsonl, write_jsonl
 from fastpo.errors import FastpoError
-from fastpo.pairs import zip_cyclic
+from fastpo.pair_rules import zip_cyclic
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HASHES = re.compile(r"^####\s*", re.MULTILINE)

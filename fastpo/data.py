@@ -257,7 +257,9 @@ def _embedded_prompts(rows: list[dict[str, str]], first: int) -> list[Prompt]:
 
 def load_demonstrations(config: Config) -> list[Demonstration]:
     if config.warm_start == "embedded":
-        generated = embedded.demonstrations(config.seed, config.warm_start_examples)
+        judging = round(config.warm_start_examples * config.warm_start_judgements)
+        generated = embedded.demonstrations(config.seed, config.warm_start_examples - judging)
+        generated += embedded.judgements(config.seed, judging)
         return [Demonstration(row["question"], row["answer"]) for row in generated]
     if config.warm_start is None:
         return []

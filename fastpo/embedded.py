@@ -6,6 +6,7 @@ bad habits, as a pretrained model has; verified samples tell them apart, more of
 """
 
 import random
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -18,6 +19,11 @@ from fastpo.errors import FastpoError
 PROMPT_TEMPLATE = "{prompt}\n"
 ATTENTION = "eager"  # faster than flash attention on the CPU at 80 tokens
 SPLITS = ("warm_start", "train", "test")
+JUDGE_TEMPLATES = {  # answered by a grade from 0 to 5, or by A or B
+    "grade": "{prompt}\n{response}\nGrade?",
+    "duel": "{prompt}\nA: {first}\nB: {second}\nBetter?",
+    "meta": "{prompt}\n{response}\nGrade A: {first}, B: {second}. Better?",
+}
 _TEST_SHARE = 8  # one question in so many belongs to the test split, by its checksum: the splits can never overlap
 
 _NAMES = ("Ann", "Ben", "Eva", "Ian", "Leo", "Mia", "Sam", "Zoe")
@@ -49,6 +55,47 @@ def demonstrations(seed: int, n: int, worked_share: float = 0.4) -> list[dict[st
     rng = random.Random(f"quality/{seed}")
     rows = problems(seed, n, "warm_start")
     return [row if rng.random() < worked_share else {**row, "answer": bare(row["answer"])} for row in rows]
+
+
+def judgements(seed: int, n: int) -> list[dict[str, str]]:
+    """``n`` rows ``{"question", "answer"}`` that teach to judge: grades of right (5) and wrong (0) answers, duels of an
+    answer with a wrong one, and duels of two grades. Answers are worked or bare; wrong ones have an error put in.
+    """
+    rng = random.Random(f"judgements/{seed}")
+    return [_judgement(row, rng) for row in problems(seed + 1, n, "warm_start")]
+
+
+def _judgement(row: dict[str, str], rng: random.Random) -> dict[str, str]:
+    right, wrong = (a if rng.random() < 0.6 else bare(a) for a in (row["answer"], _with_error(row["answer"], rng)))
+    kind, good = rng.choice(tuple(JUDGE_TEMPLATES)), rng.random() < 0.5
+    response = right if good else wrong
+    parts = {"grade": {"response": response}, "duel": {"first": right, "second": wrong}}
+    parts["meta"] = {"response": response, "first": "5" if good else "0", "second": "0" if good else "5"}
+    answer = "5" if good else "0"
+    if kind != "grade":
+        swap = rng.random() < 0.5
+        if swap:
+            parts[kind] |= {"first": parts[kind]["second"], "second": parts[kind]["first"]}
+        answer = "B" if swap else "A"
+    return {"question": JUDGE_TEMPLATES[kind].format(prompt=row["question"], **parts[kind]), "answer": answer}
+
+
+def _with_error(answer: str, rng: random.Random) -> str:
+    """A worked answer with one result off, and with it all that follows."""
+    *steps, final = answer.split("\n")
+    at, off = rng.randrange(len(steps)), rng.choice([-3, -2, -1, 1, 2, 3, 10])
+    for i in range(at, len(steps)):
+        start, operation, amount, result = re.fullmatch(r"(-?\d+)([-+])(\d+)=(\d+)", steps[i]).groups()  # type: ignore[union-attr]
+        steps[i] = f"{int(start) + off * (i > at)}{operation}{amount}={int(result) + off}"
+    return "\n".join([*steps, f"#### {int(final.removeprefix('#### ')) + off}"])
+
+
+def perturbed(question: str, seed: int) -> str:
+    """A question of the same story with its first number changed: the right answer to it is wrong for ``question``."""
+    rng = random.Random(f"perturbed/{seed}/{question}")
+    digits = question.split(" has ")[1].split(" ")[0]
+    other = rng.choice([n for n in range(1, _START + 1) if str(n) != digits])
+    return question.replace(f" has {digits} ", f" has {other} ", 1)
 
 
 def bare(answer: str) -> str:

@@ -21,11 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastpo import stages
 from fastpo.artifacts import read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
 from fastpo.checks import check, iterations_of, read_inputs
+from fastpo.collect import Collector
 from fastpo.config import Config
 from fastpo.console import Display
 from fastpo.data import (
@@ -36,17 +38,15 @@ from fastpo.data import (
     load_preferences,
     training_prompts,
 )
-from fastpo.errors import RunError
 from fastpo.models import PromptResponse, onednn_matmul
-from fastpo.pairs import PairRecord, build_pairs, explain_no_pairs
-from fastpo.results import result_row, stage_folder
-from fastpo.rewards import Scorer, load_reward
+from fastpo.pairs import PairRecord
+from fastpo.results import result_row
+from fastpo.rewards import load_reward
 from fastpo.run import Run, context_of
 from fastpo.tracking import Tracker
 from fastpo.training import Record, TrainConfig, train_preference, train_sft
 
 Row = dict[str, Any]
-REWARD_CHUNK = 256  # prompts per part file of rewards: what a reward that raises costs at most
 
 
 class Loop:
@@ -65,6 +65,10 @@ class Loop:
     @cached_property
     def codec(self) -> Codec:
         return Codec(self.run.tokenizer(), self.config, self.context)
+
+    @cached_property
+    def collector(self) -> Collector:
+        return Collector(self.run, self.codec, self.reward)
 
     @cached_property
     def given_pairs(self) -> list[PairRecord]:
@@ -97,7 +101,7 @@ class Loop:
         self.evaluate(iteration, pairs, reference)
 
     def folder(self, iteration: int) -> Path:
-        return self.run.directory / stage_folder(iteration)
+        return self.run.folder(iteration)
 
     # ---- the stages, in their order
 
@@ -105,8 +109,8 @@ class Loop:
         """Tokenises the given pairs and the first prompts: what does not fit the context stops the run at its start."""
         _ = self.given_pairs, self.heldout_pairs
         if self.config.data:
-            self.fitting_prompts(training_prompts(self.config, 1))
-        self.fitting_prompts(evaluation_prompts(self.config))
+            self.collector.fitting_prompts(training_prompts(self.config, 1))
+        self.collector.fitting_prompts(evaluation_prompts(self.config))
 
     def warm_start(self) -> None:
         """M_0: a built model or the given one after supervised steps. Nothing to do without either."""
@@ -153,69 +157,7 @@ class Loop:
         """The pairs to train on, and what is to be said of them."""
         if self.config.preferences and iteration == 1:
             return self.given_pairs, {"pairs": len(self.given_pairs)}
-        samples = self.samples(iteration)
-        rewards = self.rewards(iteration, samples)
-        path = self.folder(iteration) / "pairs.jsonl"
-        rows, counts = build_pairs(samples, rewards, self.config, iteration)
-        if not rows:
-            raise RunError(explain_no_pairs(counts, self.config, iteration))
-        if not self.run.has(path):
-            with self.run.on_main() as main:
-                if main:
-                    write_jsonl(path, rows)
-        found = {
-            "sample_accuracy": stages.sample_accuracy(rewards, self.config),
-            "majority_accuracy": stages.majority_accuracy(samples, rewards),
-        }
-        records = stages.pair_records(rows, samples, self.codec)
-        lengths = [len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)) for r in records]
-        return self.codec.fitting(records, lengths, lambda r: f"pair {r.chosen_key}"), {**counts.to_dict(), **found}
-
-    def samples(self, iteration: int) -> list[Row]:
-        path = self.folder(iteration) / "samples.jsonl"
-        if not self.run.has(path):
-            prompts = self.fitting_prompts(training_prompts(self.config, iteration))
-            model = self.run.model(iteration - 1)
-            temperature = self.config.at("temperature", iteration)
-            name = f"iteration {iteration}: sampling"
-            with self.run.timed(f"iteration_{iteration}/samples"), self.display.progress(name, len(prompts)) as bar:
-
-                def compute(chunk: int, part: Sequence[Prompt]) -> list[Row]:
-                    return stages.sample(
-                        model,
-                        part,
-                        self.codec,
-                        num_samples=self.config.num_samples,
-                        temperature=temperature,
-                        seed=stages.derive_seed(self.config.seed, "sample", iteration, chunk),
-                        accelerator=self.run.accelerator,
-                        progress=bar.advance,
-                    )
-
-                self.run.parts(path, prompts, self.config.sample_chunk, compute)
-        return read_jsonl(path)
-
-    def fitting_prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        lengths = [len(self.codec.prompt_ids(p.text)) for p in prompts]
-        return self.codec.fitting(prompts, lengths, lambda p: f"prompt {p.id}", room=self.config.max_new_tokens)
-
-    def rewards(self, iteration: int, samples: Sequence[Row]) -> list[Row]:
-        path = self.folder(iteration) / "rewards.jsonl"
-        if not self.run.has(path):
-            scorer = self._scorer(samples, optional=self.config.pair_rule == "scpo")
-            name = f"iteration {iteration}: rewards"
-            with self.run.timed(f"iteration_{iteration}/rewards"), self.display.progress(name, len(samples)) as bar:
-                self.run.parts(
-                    path, samples, REWARD_CHUNK, lambda _, part: stages.score(part, scorer, progress=bar.advance)
-                )
-            if scorer is not None and scorer.failures:
-                self.display.line(f"the reward raised on {scorer.failures} samples, the first: {scorer.first_failure}")
-        return read_jsonl(path)
-
-    def _scorer(self, samples: Sequence[Row], *, optional: bool) -> Scorer | None:
-        """None where a reward is ``optional`` (votes, evaluation) and ``math`` has no answers to compare with."""
-        unlabelled = self.config.reward == "math" and all(row["row"].get("answer") is None for row in samples)
-        return None if optional and unlabelled else Scorer(self.reward, self.config.on_reward_error)
+        return self.collector.pairs(iteration)
 
     def reference(self, iteration: int, pairs: Sequence[PairRecord]) -> dict[str, Tensor] | None:
         """Log-probs under M_(k-1) of each distinct response of the pairs; None for an objective without reference."""
@@ -226,13 +168,28 @@ class Loop:
         if not self.run.has(path):
             name = f"iteration {iteration}: reference"
             with self.run.timed(f"iteration_{iteration}/reference"), self.display.progress(name, len(responses)) as bar:
-                packed = stages.packed_logps(
-                    self.run.model(iteration - 1), responses, self.config, self.run.accelerator, bar.advance
-                )
+                packed = self._reference_logps(iteration, responses, bar.advance)
                 with self.run.on_main() as main:
                     if main:
                         write_tensors(path, packed)
         return stages.split_by_key(responses, read_tensors(path))
+
+    def _reference_logps(
+        self, iteration: int, responses: dict[str, PromptResponse], progress: stages.Progress
+    ) -> dict[str, Tensor]:
+        """Under M_(k-1); with reference_mix the weighted mean of its log-probs and those of M_0, token by token."""
+        shares = {iteration - 1: 1 - self.config.reference_mix}
+        shares[0] = shares.get(0, 0.0) + self.config.reference_mix
+        settings = self.config, self.run.accelerator
+        packed = [
+            (share, stages.packed_logps(self.run.model(j), responses, *settings, progress))
+            for j, share in shares.items()
+            if share
+        ]
+        if len(packed) == 1:
+            return packed[0][1]
+        mixed = torch.stack([share * found["logps"] for share, found in packed]).sum(0)  # [T]
+        return {**packed[0][1], "logps": mixed}
 
     def train_on(
         self, iteration: int, pairs: list[PairRecord], reference: dict[str, Tensor] | None, counts: Row
@@ -288,7 +245,7 @@ class Loop:
                     write_json(path, found)
 
     def _held_out_problems(self, iteration: int) -> Row:
-        prompts = self.fitting_prompts(evaluation_prompts(self.config))
+        prompts = self.collector.fitting_prompts(evaluation_prompts(self.config))
         if not prompts:
             return {}
         model = self.run.model(iteration)
@@ -310,7 +267,7 @@ class Loop:
             if not self.run.has(path):
                 self.run.parts(path, prompts, max(self.config.sample_chunk, self.config.sample_batch_size), compute)
         samples = read_jsonl(path)
-        rewards = stages.score(samples, self._scorer(samples, optional=True))
+        rewards = stages.score(samples, self.collector.scorer(samples, optional=True))
         summary = stages.evaluation_summary(samples, rewards, self.config)
         greedy = [(row["prompt_ids"], row["responses"][0]["ids"]) for row in samples]
         return {**summary, **stages.token_statistics(model, greedy, self.config)}

@@ -30,6 +30,7 @@ from fastpo.console import Display
 from fastpo.data import load_demonstrations, load_preferences, load_prompts
 from fastpo.errors import FastpoError
 from fastpo.models import load_model, load_tokenizer, save_model
+from fastpo.results import stage_folder
 from fastpo.tiny import DEFAULT_CONTEXT, build_bpe_tokenizer, build_llama
 
 Row = dict[str, Any]
@@ -48,6 +49,7 @@ class Run:
         self.accelerator = make_accelerator(config)
         self.main = self.accelerator.is_main_process
         self._loaded: tuple[Path | str, PreTrainedModel] | None = None
+        self._judge: PreTrainedModel | None = None
 
     def open(self) -> None:
         """Makes the directory, or checks that it holds a run of the same config on the same input files.
@@ -74,7 +76,7 @@ class Run:
     def _check_config(self) -> None:
         path = self.directory / "config.yaml"
         old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        changes = changed_keys(old, self.config.to_dict())
+        changes = changed_keys({**Config().to_dict(), **old}, self.config.to_dict())  # keys that it was without
         if changes:
             raise FastpoError(
                 f"{self.directory} holds a run of another config ({'; '.join(changes)}): give the old values, or "
@@ -90,6 +92,9 @@ class Run:
                 f"{', '.join(changed)} changed since the run in {self.directory} began: restore it, or give another "
                 "output_dir"
             )
+
+    def folder(self, iteration: int) -> Path:
+        return self.directory / stage_folder(iteration)
 
     # ---- processes
 
@@ -181,6 +186,14 @@ class Run:
             model = load_model(path, self.config.dtype, attention)
             self._loaded = (path, model.to(self.accelerator.device))
         return self._loaded[1]
+
+    def judge(self, iteration: int) -> PreTrainedModel:
+        """The model that judges the samples of ``iteration``: judge_model, or the one that wrote them."""
+        if self.config.judge_model is None:
+            return self.model(iteration - 1)
+        if self._judge is None:
+            self._judge = load_model(self.config.judge_model, self.config.dtype).to(self.accelerator.device)
+        return self._judge
 
     def take_model(self, iteration: int) -> PreTrainedModel:
         """M_k to be trained: the next ``model`` call loads again."""

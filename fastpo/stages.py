@@ -19,13 +19,15 @@ from fastpo.data import Codec, Preference, Prompt
 from fastpo.errors import FastpoError
 from fastpo.models import PromptResponse, ResponseScorer, collate, response_logps, split_by_tokens
 from fastpo.objectives import Objective
-from fastpo.pairs import GOLD, PairRecord, response_key
+from fastpo.pairs import COLUMNS, GOLD, RULES, PairRecord, response_key
 from fastpo.rewards import Scorer, final_answer, gold_answer, same_answer, vote_key
 from fastpo.sampling import generate
 
 Row = dict[str, Any]
 Progress = Callable[[int], None]
-SUPPLIED = {"pairs.weights"}  # what the loop can give an objective beyond log-probs
+# What the loop can give an objective beyond log-probs, by the pair rule's column that it is made from.
+SUPPLIED = {"weight": "pairs.weights", "soft_label": "pairs.soft_labels", "margin": "pairs.margins"}
+SUPPLIED |= {"targets": "pairs.targets"}
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -35,17 +37,30 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 
 def build_objective(config: Config) -> Objective:
-    """The preset with the config's beta and alpha. Raises for one that needs more than pairs with weights."""
-    settings = {key: value for key in ("beta", "alpha") if (value := getattr(config, key)) is not None}
+    """The preset with the config's settings. Raises where the pair rule does not make what it compares."""
+    settings: Row = {key: value for key in ("beta", "alpha") if (value := getattr(config, key)) is not None}
     try:
+        for setting in config.objective_settings:
+            name, _, value = setting.partition("=")
+            settings[name.strip()] = float(value)
         objective = objectives.by_name(config.objective, **settings)
     except ValueError as error:
         raise FastpoError(str(error)) from error
-    missing = sorted(set(objective.requires) - SUPPLIED)
+    rule = RULES[config.pair_rule]
+    columns = ("weight",) if config.preferences else ("weight", *rule.columns)
+    missing = sorted(set(objective.requires) - {SUPPLIED[c] for c in columns if c in SUPPLIED})
     if missing:
-        raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which this loop does not produce")
-    if objective.num_members > 2:
-        raise FastpoError(f"objective {config.objective} compares {objective.num_members} responses, a pair has two")
+        source = "preferences files" if config.preferences else f"pair_rule {config.pair_rule}"
+        raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which {source} do not give")
+    if rule.members and objective.num_members > rule.members:
+        raise FastpoError(
+            f"objective {config.objective} compares {objective.num_members} responses, pair_rule {config.pair_rule} "
+            f"makes tuples of {rule.members}"
+        )
+    if rule.single and any(sum(c != 0 for c in term.coefs) != 1 for term in objective.terms):
+        raise FastpoError(
+            f"objective {config.objective} compares responses, pair_rule {config.pair_rule} makes single ones; take kto"
+        )
     return objective
 
 
@@ -119,19 +134,32 @@ def pair_records(pairs: Sequence[Row], samples: Sequence[Row], codec: Codec) -> 
 
 
 def _record(pair: Row, sample_row: Row, codec: Codec) -> PairRecord:
-    def ids(key: str) -> list[int]:
+    texts = pair.get("texts", {})
+
+    def ids(key: str | None) -> list[int]:
+        if key is None:
+            return []
+        if key in texts:
+            return codec.response_ids(texts[key])
         if key == response_key(sample_row["id"], GOLD):
             return codec.response_ids(sample_row["row"]["answer"])
         return sample_row["responses"][int(key.rpartition("/")[2])]["ids"]
 
+    prompt = pair.get("prompt_text")
     return PairRecord(
-        prompt_ids=sample_row["prompt_ids"],
+        prompt_ids=sample_row["prompt_ids"] if prompt is None else codec.prompt_ids(prompt),
         chosen_ids=ids(pair["chosen"]),
         rejected_ids=ids(pair["rejected"]),
         weight=pair["weight"],
-        chosen_key=pair["chosen"],
-        rejected_key=pair["rejected"],
+        chosen_key=pair["chosen"] or "",
+        rejected_key=pair["rejected"] or "",
+        others=tuple((key or "", ids(key)) for key in pair.get("others", ())),
+        **{name: _as_tuple(pair[name]) for name in COLUMNS if name in pair},
     )
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def preference_records(preferences: Sequence[Preference], codec: Codec) -> list[PairRecord]:
@@ -161,8 +189,8 @@ def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:
     """Each distinct response of the pairs once, by key, in order of first appearance."""
     found: dict[str, PromptResponse] = {}
     for pair in pairs:
-        found.setdefault(pair.chosen_key, (pair.prompt_ids, pair.chosen_ids))
-        found.setdefault(pair.rejected_key, (pair.prompt_ids, pair.rejected_ids))
+        for key, ids in pair.present:
+            found.setdefault(key, (pair.prompt_ids, ids))
     return found
 
 
@@ -191,19 +219,24 @@ def split_by_key(responses: Mapping[str, PromptResponse], packed: Mapping[str, T
 
 
 def pair_summary(pairs: Sequence[PairRecord], logps: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over pairs of sequence and per-token log-probs, and the share ranked right, raw and per token."""
-    chosen = torch.stack([logps[p.chosen_key].sum() for p in pairs])  # [P]
-    rejected = torch.stack([logps[p.rejected_key].sum() for p in pairs])  # [P]
-    chosen_mean = chosen / torch.tensor([len(p.chosen_ids) for p in pairs])  # [P]
-    rejected_mean = rejected / torch.tensor([len(p.rejected_ids) for p in pairs])  # [P]
-    return {
-        "logps_chosen": chosen.mean().item(),
-        "logps_rejected": rejected.mean().item(),
-        "logps_per_token_chosen": chosen_mean.mean().item(),
-        "logps_per_token_rejected": rejected_mean.mean().item(),
-        "ranking_accuracy": (chosen > rejected).float().mean().item(),
-        "ranking_accuracy_per_token": (chosen_mean > rejected_mean).float().mean().item(),
+    """Means over pairs of sequence and per-token log-probs, and the share ranked right, raw and per token.
+
+    The ranking counts pairs with both members only.
+    """
+    chosen = {i: logps[p.chosen_key].sum() for i, p in enumerate(pairs) if p.chosen_ids}
+    rejected = {i: logps[p.rejected_key].sum() for i, p in enumerate(pairs) if p.rejected_ids}
+    chosen_mean = {i: value / len(pairs[i].chosen_ids) for i, value in chosen.items()}
+    rejected_mean = {i: value / len(pairs[i].rejected_ids) for i, value in rejected.items()}
+    both = [i for i in chosen if i in rejected]
+    means = {
+        "logps_chosen": list(chosen.values()),
+        "logps_rejected": list(rejected.values()),
+        "logps_per_token_chosen": list(chosen_mean.values()),
+        "logps_per_token_rejected": list(rejected_mean.values()),
+        "ranking_accuracy": [(chosen[i] > rejected[i]).float() for i in both],
+        "ranking_accuracy_per_token": [(chosen_mean[i] > rejected_mean[i]).float() for i in both],
     }
+    return {name: torch.stack(values).mean().item() for name, values in means.items() if values}
 
 
 def evaluation_summary(samples: Sequence[Row], rewards: Sequence[Row], config: Config) -> dict[str, Any]:
@@ -254,6 +287,28 @@ def sample_accuracy(rewards: Sequence[Row], config: Config) -> float | None:
     """Share of all sampled responses that win; None where nothing was rewarded."""
     values = [v for row in rewards for v in row["rewards"] if v is not None]
     return _mean([float(v >= config.win_threshold) for v in values]) if values else None
+
+
+def score_summary(rewards: Sequence[Row], config: Config) -> Row:
+    """What is known of the scores that stand in for the reward: means, and how well they rank right above wrong.
+
+    ``score_auc``: share of (winning, losing) responses to one prompt that they order as the reward does, ties half.
+    """
+    found: Row = {}
+    for name in ("consistency", "judge_accuracy"):
+        values = [row[name] for row in rewards if name in row]
+        if values:
+            found[name] = _mean(values)
+    ordered = []
+    for row in rewards:
+        known = [
+            (s, r >= config.win_threshold)
+            for s, r in zip(row.get("scores", ()), row["rewards"], strict=False)
+            if s is not None and r is not None
+        ]
+        right, wrong = ([s for s, won in known if won == side] for side in (True, False))
+        ordered += [(a > b) + (a == b) / 2 for a in right for b in wrong]
+    return found | ({"score_auc": _mean(ordered)} if ordered else {})
 
 
 def majority_accuracy(samples: Sequence[Row], rewards: Sequence[Row]) -> float | None:

@@ -15,11 +15,8 @@ from fastpo.pairs import PairRecord
 from fastpo.types import Pairs, Segments
 
 Record = dict[str, float]  # what one step measured
-_STATS = ("entropy", "topk_mass")
-_PER_PAIR = (
-    *("loss", "nll", "rewards_chosen", "rewards_rejected", "accuracy"),
-    *("logps_chosen", "logps_rejected", "logps_per_token_chosen", "logps_per_token_rejected"),
-)
+_STATS = ("entropy", "topk_mass", "topk_entropy")
+_COLUMNS = {"soft_labels": "soft_label", "margins": "margin", "targets": "targets"}  # of Pairs: of PairRecord
 
 
 class Task(Protocol):
@@ -73,7 +70,7 @@ class PreferenceTask:
         self.pairs = pairs
         self.ref_logps = ref_logps
         self.objective = objective
-        self.lengths = [2 * (len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) - 1) for p in pairs]
+        self.lengths = [len(p.present) * (p.longest - 1) for p in pairs]
         _check_reference(pairs, ref_logps, objective)
 
     def normalizer(self, batch: Sequence[int]) -> float:
@@ -85,41 +82,64 @@ class PreferenceTask:
         pairs = [self.pairs[i] for i in items]
         responses: dict[str, PromptResponse] = {}  # each distinct one goes through the model once
         for pair in pairs:
-            responses[pair.chosen_key] = pair.prompt_ids, pair.chosen_ids
-            responses[pair.rejected_key] = pair.prompt_ids, pair.rejected_ids
-        ids = {key: i for i, key in enumerate(responses)}
-        index = torch.tensor([[ids[p.chosen_key], ids[p.rejected_key]] for p in pairs], device=device)  # [P, 2]
-        weights = torch.tensor([p.weight for p in pairs], device=device)  # [P]
+            responses |= {key: (pair.prompt_ids, ids) for key, ids in pair.present}
         packed = collate(list(responses.values())).to(device)
+        table = self._table(pairs, list(responses)).to(device)
         ref_logps = None
         if self.ref_logps is not None:
             ref_logps = torch.cat([self.ref_logps[key] for key in responses]).to(device)  # [R]
 
-        segments, lengths = Segments(packed.cu_seqlens), packed.cu_seqlens.diff()[index]  # [P, 2]
-        tuples, objective = Pairs(index, weights=weights), self._summed(batch)
+        index = table.index[:, :2]  # [P, 2]
+        here = index >= 0
+        lengths = packed.cu_seqlens.diff()[index]  # [P, 2]
+        segments, objective = Segments(packed.cu_seqlens), self._summed(batch)
 
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            given = (hidden, packed.labels, ref_logps, segments, tuples, objective)
+            given = (hidden, packed.labels, ref_logps, segments, table, objective)
             out, stats = head.preference_loss(*given, stats=_STATS)
+            total = torch.where(here, out.logps[index], 0.0)  # [P, 2]
+            mean = total / lengths  # [P, 2]
+            both = here.all(1)
+            right = [both & (values[:, 0] > values[:, 1]) for values in (total, mean)]
             sums = [
-                out.losses.sum(),
-                out.nll[:, 0].sum(),
-                *out.rewards.sum(0),
-                (out.margins > 0).sum(),
-                *out.logps[index].sum(0),
-                *(out.logps[index] / lengths).sum(0),
+                *(values.sum() for values in (out.losses, out.margins > 0, *right)),
                 torch.tensor(len(pairs), device=device),
+                both.sum(),
+                out.nll[:, 0].sum(),
+                *out.rewards[:, :2].sum(0),
+                *total.sum(0),
+                *mean.sum(0),
+                *here.sum(0),
                 *_token_sums(stats),
             ]
             return out.loss, torch.stack([s.detach().float() for s in sums])
 
         return scorer(packed, of)
 
+    def _table(self, pairs: Sequence[PairRecord], keys: Sequence[str]) -> Pairs:
+        """The tuples over the sequences named by ``keys``, with the columns that the objective asks for."""
+        ids = {key: i for i, key in enumerate(keys)} | {"": -1}
+        width = max(self.objective.num_members, *(len(p.members) for p in pairs))
+        index = [[ids[key] for key, _ in p.members] + [-1] * (width - len(p.members)) for p in pairs]
+        columns = {name: at for name, at in _COLUMNS.items() if f"pairs.{name}" in self.objective.requires}
+        return Pairs(
+            torch.tensor(index),  # [P, K]
+            weights=torch.tensor([p.weight for p in pairs]),  # [P]
+            **{name: torch.tensor([getattr(p, at) for p in pairs]) for name, at in columns.items()},
+        )
+
     def record(self, sums: list[float]) -> Record:
-        *per_pair, num_pairs = sums[: len(_PER_PAIR) + 1]
-        record = {name: value / num_pairs for name, value in zip(_PER_PAIR, per_pair, strict=True)}
+        loss, accuracy, ranking, ranking_per_token, pairs, both, nll, *members = sums[:15]
+        chosen, rejected = members[6:]
+        record = {"loss": loss / pairs, "nll": _ratio(nll, chosen)}
+        for at, name in enumerate(("rewards", "logps", "logps_per_token")):
+            record[f"{name}_chosen"] = _ratio(members[2 * at], chosen)
+            record[f"{name}_rejected"] = _ratio(members[2 * at + 1], rejected)
         record["margin"] = record["rewards_chosen"] - record["rewards_rejected"]
-        return {**record, **_token_means(sums[len(_PER_PAIR) + 1 :])}
+        record["accuracy"] = accuracy / pairs
+        if both:
+            record |= {"ranking_accuracy": ranking / both, "ranking_accuracy_per_token": ranking_per_token / both}
+        return {**record, **_token_means(sums[15:])}
 
     def _summed(self, batch: Sequence[int]) -> Objective:
         """Summed over pairs. An NLL per token of the batch counts the tokens of the whole batch, not of the items."""
@@ -140,12 +160,16 @@ def _check_reference(pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor
     if not objective.needs_reference:
         raise FastpoError(f"ref_logps is given; objective {objective.name} has no reference: it should be None")
     for i, pair in enumerate(pairs):
-        for key, response in ((pair.chosen_key, pair.chosen_ids), (pair.rejected_key, pair.rejected_ids)):
+        for key, response in pair.present:
             if key not in ref_logps:
                 raise FastpoError(f"ref_logps has no {key!r}, a response of pairs[{i}]")
             if ref_logps[key].shape != (len(response),):
                 shape = tuple(ref_logps[key].shape)
                 raise FastpoError(f"ref_logps[{key!r}] has shape {shape}; it should be ({len(response)},)")
+
+
+def _ratio(total: float, number: float) -> float:
+    return total / number if number else 0.0
 
 
 def _token_sums(stats: Mapping[str, Tensor]) -> list[Tensor]:

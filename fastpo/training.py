@@ -124,8 +124,11 @@ def train_preference(
     are missing, of the wrong shape, or not wanted.
     """
     task = PreferenceTask(pairs, ref_logps, objective)
-    check_sequences([(p.prompt_ids, p.chosen_ids) for p in pairs], context_length(model), "chosen of pairs")
-    check_sequences([(p.prompt_ids, p.rejected_ids) for p in pairs], context_length(model), "rejected of pairs")
+    for at, name in enumerate(("chosen", "rejected")):
+        sequences = [(p.prompt_ids, p.members[at][1]) for p in pairs if p.members[at][0] or not p.present]
+        check_sequences(sequences, context_length(model), f"{name} of pairs")
+    others = [(p.prompt_ids, ids) for p in pairs for key, ids in p.others if key]
+    check_sequences(others, context_length(model), "others of pairs")
     return _fit(model, task, config, Path(output_dir), accelerator, log)
 
 

@@ -96,7 +96,7 @@ def test_bad_usage_is_one_line_and_code_2(capsys, tmp_path, monkeypatch, argv, m
 
 def test_debug_shows_the_traceback(capsys):
     code, _, err = run(capsys, "train", "ipro", "--debug")
-    assert code == 2 and "Traceback" in err and err.strip().endswith("scpo)")
+    assert code == 2 and "Traceback" in err and "recipe ipro not found" in err.strip().splitlines()[-1]
 
 
 def test_interrupt_is_130(capsys, monkeypatch):

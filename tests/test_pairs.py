@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastpo.config import Config
-from fastpo.pairs import GOLD, build_pairs, candidates, explain_no_pairs, irpo_pairs, scpo_pair, zip_cyclic
+from fastpo.pair_rules import GOLD, irpo_pairs, scpo_pair, zip_cyclic
+from fastpo.pairs import build_pairs, candidates, explain_no_pairs
 
 
 def sample(texts, prompt_id="1", answer="x"):
