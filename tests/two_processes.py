@@ -2,54 +2,70 @@
 
     python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py DIR
 
-Trains with DDP (micro-batches of one or two pairs, a last batch that is smaller than the others), leaves the model in
-DIR/ddp and the gradients of one batch sharded by FSDP2 in DIR/fsdp2.pt.
+Trains with DDP and with FSDP2, whole and resumed (micro-batches of one or two pairs, a last batch that is smaller than
+the others), and leaves the models in DIR/ddp, DIR/fsdp2 and DIR/fsdp2_resumed, and log-probs that the two processes
+have shared out in DIR/logps.pt.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from test_training import pairs, reference, settings
 from tiny_models import build
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fastpo import objectives
-from fastpo.models import ResponseScorer, response_logps, save_model
-from fastpo.tasks import PreferenceTask
+from fastpo.models import response_logps, save_model
 from fastpo.training import train_preference
 
 directory = Path(sys.argv[1])
+
+
+def train(name: str, accelerator: Accelerator, **changes):
+    """A model trained on nine pairs, left in DIR/name; its checkpoints go to the directory of the same stem."""
+    model = build()
+    train_preference(
+        model,
+        pairs(9),
+        reference(pairs(9)),
+        objective=objectives.irpo(),
+        config=settings(micro_batch_tokens=60, **changes),
+        output_dir=directory / name.split("_")[0],
+        accelerator=accelerator,
+        log=lambda record: None,
+    )
+    save_model(model, directory / name, accelerator)
+    return model
+
+
+def fsdp2_accelerator() -> Accelerator:
+    """accelerate takes FSDP for accelerators only and ignores the plugin on a CPU: its state is told otherwise."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
-
-model = build()
-train_preference(
-    model,
-    pairs(9),
-    reference(pairs(9)),
-    objective=objectives.irpo(),
-    config=settings(micro_batch_tokens=60),
-    output_dir=directory,
-    accelerator=accelerator,
-    log=lambda record: None,
-)
-save_model(model, directory / "ddp", accelerator)
-
-responses = [(p.prompt_ids, p.chosen_ids) for p in pairs(9)]
-shared_out, _ = response_logps(build(), responses, accelerator=accelerator)
-
-sharded = build()
-scorer = ResponseScorer(sharded)
-for layer in sharded.model.layers:
-    fully_shard(layer)
-fully_shard(scorer)
-task = PreferenceTask(pairs(10), reference(pairs(10)), objectives.irpo())
-mine = list(range(10))[accelerator.process_index :: 2]
-loss, _ = task.loss(scorer, mine, list(range(10)), accelerator.device)
-(loss * 2 / 10).backward()
-gradients = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+train("ddp", accelerator)
+logps, _ = response_logps(build(), [(p.prompt_ids, p.chosen_ids) for p in pairs(9)], accelerator=accelerator)
 if accelerator.is_main_process:
-    torch.save({"gradients": gradients, "logps": shared_out}, directory / "fsdp2.pt")
-accelerator.end_training()
+    torch.save(logps, directory / "logps.pt")
+
+accelerator = fsdp2_accelerator()
+sharded = train("fsdp2", accelerator, checkpoint_steps=4)
+assert isinstance(sharded.model.layers[0], FSDPModule)
+assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+train("fsdp2_resumed", accelerator)  # from the checkpoint that the run before has left
+torch.distributed.destroy_process_group()
