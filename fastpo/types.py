@@ -110,6 +110,7 @@ class Pairs(_Record):
     soft_labels: Tensor | None = None  # [P] float, q_p, probability that chosen is better; replaces the objective's
     targets: Tensor | None = None  # [P, J] float, tau of the squared link in term j; replaces the objective's
     beta_scales: Tensor | None = None  # [P] float, beta_p = beta * beta_scales[p]
+    relevance: Tensor | None = None  # [P, K] float, how good each member of a list is; for objectives of lists
 
     @staticmethod
     def of(chosen: Tensor, rejected: Tensor, **columns: Tensor) -> "Pairs":
@@ -131,7 +132,7 @@ class PreferenceOutput(_Record):
 
     loss: Tensor  # [] float32
     losses: Tensor  # [P] float32, omega_p * (link terms + NLL terms) of each tuple, before the reduction
-    scores: Tensor  # [S] float32, S_i of fastpo/objectives.py
+    scores: Tensor  # [S] float32, S_i of fastpo/objectives/core.py
     logps: Tensor  # [S] float32, sum of l_t over the sequence's masked-in tokens
     lengths: Tensor  # [S] int64, n_i: number of masked-in tokens
     rewards: Tensor  # [P, K] float32, beta * S of each member (implicit rewards); 0 for an absent one

@@ -63,11 +63,14 @@ class Batch:
         for name in ("weights", "kl", "kl_weights", "nll_weights", "token_coefs"):
             if f"segments.{name}" in asked:
                 self.leaves[name] = uniform(size)
-        self.index = torch.tensor(index)[:, : objective.num_members]
+        columns = torch.tensor(index)
+        lists = "pairs.relevance" in objective.requires or objective.list_loss is not None
+        self.index = torch.cat((columns, columns.roll(1, 0)), dim=1)[:, : 6 if lists else objective.num_members]
         num_tuples = len(self.index)
+        shapes = {"targets": (num_tuples, len(objective.terms)), "relevance": self.index.shape}
         self.columns = {
-            name: uniform(num_tuples, len(objective.terms)) if name == "targets" else uniform(num_tuples)
-            for name in ("weights", "margins", "soft_labels", "targets", "beta_scales")
+            name: uniform(*shapes.get(name, (num_tuples,)))
+            for name in ("weights", "margins", "soft_labels", "targets", "beta_scales", "relevance")
             if f"pairs.{name}" in asked
         }
         self.cu, self.mask = cu, None
@@ -106,7 +109,9 @@ class Batch:
         return values | {f"d {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
 
     def spec(self):
-        """Loss and gradients of the spec in fp64, by autograd."""
+        """Loss and gradients of the spec in fp64, by autograd; {} where a batch function or a list stands before it."""
+        if self.objective.couple is not None or self.objective.list_loss is not None:
+            return {}
         leaves, (logps, ref, segments, pairs, objective) = self.arguments(torch.float64)
         loss = reference.loss_value(
             tokens_of(logps, ref, segments, logps), None, tuples_of(pairs, objective, logps),

@@ -19,14 +19,75 @@ def check_loss(
     objective: Objective,
     scores: Tensor | None,
 ) -> None:
-    if scores is None:
-        check_scores(logps, ref_logps, segments, objective)
-    else:
-        _check_given(logps, ref_logps, segments, objective, scores)
+    _check_inputs(logps, ref_logps, segments, objective, scores)
+    if objective.couple is not None or objective.list_loss is not None:
+        wanted = "preference_loss computes it from log-probs, as those of linear_token_logprobs"
+        raise ValueError(f"objective {objective.name} couples the tuples of a batch; {wanted}")
     like = logps if logps is not None else scores
     assert like is not None
     _check_pairs(pairs, objective, like)
     _check_required(segments, pairs, objective)
+
+
+def check_coupled(
+    logps: Tensor | None,
+    ref_logps: Tensor | None,
+    segments: Segments | None,
+    pairs: Pairs,
+    objective: Objective,
+    scores: Tensor | None,
+) -> None:
+    """What a batch function or a loss of lists is given. What it makes is checked as the tuples of any objective."""
+    _check_inputs(logps, ref_logps, segments, objective, scores)
+    if segments is None and objective.couple is not None:
+        raise ValueError(f"segments is None; objective {objective.name} computes columns of it")
+    if not isinstance(pairs, Pairs):
+        raise TypeError(f"pairs is {_of(pairs)}; it should be a Pairs")
+    listed = objective.list_loss is not None or pairs.relevance is not None
+    like = logps if logps is not None else scores
+    assert like is not None
+    if not listed:
+        _check_index(pairs.index, objective.num_members, objective, like)
+    elif pairs.index.dim() != 2 or pairs.index.dtype not in _INTEGERS:
+        raise ValueError(f"pairs.index is {_of(pairs.index)}; it should be int64 or int32 [P, K], a list in each row")
+    _check_not_made(segments, pairs, objective)
+    if pairs.relevance is not None:
+        if "pairs.relevance" not in objective.requires and objective.list_loss is None:
+            raise ValueError(f"pairs.relevance is given; objective {objective.name} is not of lists")
+        _check_column("relevance", pairs.relevance, pairs.index.shape, like)
+    for name in ("weights", "margins", "soft_labels", "targets", "beta_scales"):
+        if listed and name != "weights" and getattr(pairs, name) is not None:
+            raise ValueError(f"pairs.{name} is given; objective {objective.name}, of lists, has no term that takes it")
+    if pairs.weights is not None:
+        _check_column("weights", pairs.weights, pairs.index.shape[:1], like)
+    if pairs.margins is not None:
+        _check_column("margins", pairs.margins, pairs.index.shape[:1], like)
+    _check_required(segments, pairs, objective)
+
+
+def _made(objective: Objective) -> tuple[str, ...]:
+    return () if objective.couple is None else objective.couple.makes
+
+
+def _check_not_made(segments: Segments | None, pairs: Pairs, objective: Objective) -> None:
+    """What a batch function makes by itself would overwrite what is given."""
+    for name in _made(objective):
+        record, _, column = name.partition(".")
+        if getattr(segments if record == "segments" else pairs, column) is not None:
+            raise ValueError(f"{name} is given; objective {objective.name} makes it by itself, pass None")
+
+
+def _check_inputs(
+    logps: Tensor | None,
+    ref_logps: Tensor | None,
+    segments: Segments | None,
+    objective: Objective,
+    scores: Tensor | None,
+) -> None:
+    if scores is None:
+        check_scores(logps, ref_logps, segments, objective)
+    else:
+        _check_given(logps, ref_logps, segments, objective, scores)
 
 
 def check_scores(
@@ -38,7 +99,7 @@ def check_scores(
         raise ValueError(f"ref_logps is None; objective {objective.name} needs the reference's log-probs")
     if not objective.needs_reference and ref_logps is not None:
         raise ValueError(f"ref_logps is given; objective {objective.name} has no reference, pass None")
-    _check_tokens(logps, ref_logps, segments)
+    _check_tokens(logps, ref_logps, segments, objective)
 
 
 def _check_given(
@@ -57,12 +118,14 @@ def _check_given(
     if logps is None and any(objective.nll):
         raise ValueError(f"logps is None; objective {objective.name} has an NLL term, which needs it")
     if segments is not None:
-        _check_tokens(logps, ref_logps, segments)
+        _check_tokens(logps, ref_logps, segments, objective)
         if segments.num_sequences != len(scores):
             raise ValueError(f"scores has {len(scores)} elements; segments has {segments.num_sequences} sequences")
 
 
-def _check_tokens(logps: Tensor | None, ref_logps: Tensor | None, segments: Segments | None) -> None:
+def _check_tokens(
+    logps: Tensor | None, ref_logps: Tensor | None, segments: Segments | None, objective: Objective
+) -> None:
     if not isinstance(logps, Tensor) or logps.dim() != 1 or not logps.is_floating_point():
         raise ValueError(f"logps is {_of(logps)}; it should be a float tensor [T], sequences one behind the other")
     if not isinstance(segments, Segments):
@@ -83,7 +146,8 @@ def _check_tokens(logps: Tensor | None, ref_logps: Tensor | None, segments: Segm
     for name, x in fields.items():
         if x is not None:
             _check_float(name, x, logps.shape, "logps", logps)
-    if (segments.kl is None) != (segments.kl_weights is None):
+    made = segments.kl_weights is None and "segments.kl_weights" in _made(objective)
+    if (segments.kl is None) != (segments.kl_weights is None) and not made:
         raise ValueError("segments.kl and segments.kl_weights go together; one of them is None")
 
 
@@ -91,21 +155,28 @@ def _check_pairs(pairs: Pairs, objective: Objective, like: Tensor) -> None:
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs is {_of(pairs)}; it should be a Pairs")
     index = pairs.index
-    if index.dim() != 2 or index.shape[1] != objective.num_members or index.dtype not in _INTEGERS:
-        wanted = f"int64 or int32 [P, {objective.num_members}] for objective {objective.name}"
-        raise ValueError(f"pairs.index is {_of(index)}; it should be {wanted}")
-    _same_device("pairs.index", index, like)
+    _check_index(index, objective.num_members, objective, like)
     num_tuples = index.shape[:1]
     shape_of = {"weights": num_tuples, "margins": num_tuples, "soft_labels": num_tuples, "beta_scales": num_tuples}
     shape_of["targets"] = torch.Size((len(index), len(objective.terms)))
     for name, shape in shape_of.items():
         x = getattr(pairs, name)
-        if x is None:
-            continue
-        _check_float(f"pairs.{name}", x, shape, "pairs.index", like)
-        if x.requires_grad:
-            raise ValueError(f"pairs.{name} requires grad; the columns of pairs are constants, pass it detached")
+        if x is not None:
+            _check_column(name, x, shape, like)
     _check_used(pairs, objective)
+
+
+def _check_index(index: Tensor, members: int, objective: Objective, like: Tensor) -> None:
+    if index.dim() != 2 or index.shape[1] != members or index.dtype not in _INTEGERS:
+        wanted = f"int64 or int32 [P, {members}] for objective {objective.name}"
+        raise ValueError(f"pairs.index is {_of(index)}; it should be {wanted}")
+    _same_device("pairs.index", index, like)
+
+
+def _check_column(name: str, x: Tensor, shape: torch.Size, like: Tensor) -> None:
+    _check_float(f"pairs.{name}", x, shape, "pairs.index", like)
+    if x.requires_grad:
+        raise ValueError(f"pairs.{name} requires grad; the columns of pairs are constants, pass it detached")
 
 
 def _check_used(pairs: Pairs, objective: Objective) -> None:
@@ -116,6 +187,8 @@ def _check_used(pairs: Pairs, objective: Objective) -> None:
         raise ValueError(f"pairs.targets is given; objective {objective.name} has no squared term")
     if pairs.margins is not None and not any(t.margin_coef for t in objective.terms):
         raise ValueError(f"pairs.margins is given; objective {objective.name} has no term that takes it")
+    if pairs.relevance is not None:
+        raise ValueError(f"pairs.relevance is given; objective {objective.name} is not of lists")
     if pairs.beta_scales is not None and not objective.terms:
         raise ValueError(f"pairs.beta_scales is given; objective {objective.name} has no term that takes it")
 

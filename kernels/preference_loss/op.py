@@ -5,12 +5,13 @@ The forward reads every token once and returns, next to the loss, its slope in e
 computes no gradients.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpo.objectives import Objective
+from fastpo.objectives import Batch, Objective, Term
 from fastpo.types import Pairs, PreferenceOutput, Segments
 
 from . import backends, checks
@@ -277,8 +278,11 @@ def preference_loss(
             FASTPO_DEBUG=1, since that reads them back.
 
     Cost: forward one read of logps, ref_logps and mask (9 bytes a token); backward one write of the gradient and one
-    read of the mask (5 bytes a token). Deterministic: a sequence in several tuples sums them in their order.
+    read of the mask (5 bytes a token). Deterministic: a sequence in several tuples sums them in their order. An
+    objective whose ``path`` is "two-phase" reads the tokens once more, for the scores that its batch function takes.
     """
+    if isinstance(objective, Objective) and (objective.couple is not None or objective.list_loss is not None):
+        return _coupled_loss(logps, ref_logps, segments, pairs, objective, scores)
     checks.check_loss(logps, ref_logps, segments, pairs, objective, scores)
     like = scores if logps is None else logps
     assert like is not None
@@ -292,6 +296,48 @@ def preference_loss(
     return PreferenceOutput(*outputs[: len(outputs) - 2])
 
 
+def _coupled_loss(
+    logps: Tensor | None,
+    ref_logps: Tensor | None,
+    segments: Segments | None,
+    pairs: Pairs,
+    objective: Objective,
+    scores: Tensor | None,
+) -> PreferenceOutput:
+    """``preference_loss`` of an objective with a batch function or a loss of lists: scores, then records, then loss."""
+    checks.check_coupled(logps, ref_logps, segments, pairs, objective, scores)
+    own = scores
+    if scores is None and objective.path == "two-phase":
+        assert logps is not None and segments is not None
+        with torch.set_grad_enabled(objective.list_loss is not None and torch.is_grad_enabled()):
+            own = sequence_scores(logps, ref_logps, segments, objective)
+    if objective.couple is not None:
+        given = own.detach() if own is not None and objective.couple.uses_scores else None
+        size = 0 if logps is None else logps.shape[0]
+        segments, pairs = objective.couple(Batch(given, segments, pairs, objective, size))
+        plain = replace(objective, couple=None, requires=())  # they were checked before
+        return preference_loss(logps, ref_logps, segments, pairs, plain, scores=scores)
+    return _list_loss(logps, ref_logps, segments, pairs, objective, scores, own)
+
+
+def _list_loss(logps, ref_logps, segments, pairs: Pairs, objective: Objective, scores, own: Tensor) -> PreferenceOutput:
+    """The engine makes what is reported, by a term that costs nothing; the loss is of ``own`` [S], the scores."""
+    term = Term((0.0,) * pairs.index.shape[1], "linear", margin_coef=0.0, weight=0.0)
+    reported = replace(objective, list_loss=None, terms=(term,), requires=())
+    bare = Pairs(pairs.index)
+    linear = segments is not None and segments.token_coefs is not None
+    with torch.set_grad_enabled(linear and torch.is_grad_enabled()):
+        out = preference_loss(logps, ref_logps, segments, bare, reported, scores=scores)
+    present = pairs.index >= 0
+    members = objective.beta * torch.cat((own, own.new_zeros(1)))[pairs.index]  # [P, K]; -1 is the zero
+    losses = objective.list_loss(members, present, pairs.relevance)  # type: ignore[misc]
+    if pairs.weights is not None:
+        losses = losses * pairs.weights
+    total = losses.sum(dtype=torch.float64).to(losses.dtype)
+    size = max(len(losses), 1) if objective.reduction == "mean" else 1
+    return replace(out, loss=out.loss + total / size, losses=losses.detach())
+
+
 def sequence_scores(
     logps: Tensor,  # [T]
     ref_logps: Tensor | None,  # [T]
@@ -301,8 +347,9 @@ def sequence_scores(
     """The scores ``S_i`` [S] of ``objective``, differentiable: the first phase of losses that couple a batch.
 
     ``S_i = n_i^-length_power * sum_t [ w_t (phi(l_t) - ref_coef r_t) + k_t K_t ]`` over the masked-in tokens of
-    sequence i; 0 where there are none. Compute a loss of them (sorted, against a running mean, ...) in PyTorch, or
-    build tuples from them, or pass them on as ``scores=`` of ``preference_loss``. ``torch.no_grad()``: scores only.
+    sequence i; 0 where there are none. Compute a loss of them in PyTorch, or pass them on as ``scores=`` of
+    ``preference_loss``; a batch function that makes columns of them belongs into ``Objective.couple``.
+    ``torch.no_grad()``: scores only.
 
     Arguments, types and errors as ``preference_loss``; ``nll_weights`` and ``token_coefs`` do not enter scores.
     """
