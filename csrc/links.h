@@ -1,6 +1,6 @@
 // The scalar functions of preference_loss, each with its slope: links psi(z), score maps f(S), token maps phi(l),
 // for C++ and CUDA. kernels/preference_loss/links.py is the same table in PyTorch and says what each is; codes are
-// positions in fastpo/objectives.py. T is float or double: links and score maps, one per tuple or sequence, can
+// positions in fastpo/objectives/core.py. T is float or double: links and score maps, one per tuple or sequence, can
 // afford double.
 #pragma once
 

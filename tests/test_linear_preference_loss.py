@@ -73,7 +73,9 @@ class Problem:
         self.fields = {}  # float fields of the segments
         self.columns = {}  # columns of the pairs
         self.temperature = torch.linspace(0.5, 2, n) if temperature == "per row" else temperature
-        self.index = torch.tensor(tuples, dtype=torch.int64).view(-1, objective.num_members)
+        self.index = torch.tensor(tuples, dtype=torch.int64).view(
+            -1, objective.num_members or 3
+        )  # lists of any size: 3
         self._add_required(generator)
 
     def _add_required(self, generator):
@@ -84,7 +86,8 @@ class Problem:
             if record == "segments":
                 self.fields[column] = torch.rand(self.num_tokens, generator=generator)
             else:
-                shape = (num_tuples, len(self.objective.terms)) if column == "targets" else (num_tuples,)
+                shapes = {"targets": (num_tuples, len(self.objective.terms)), "relevance": self.index.shape}
+                shape = shapes.get(column, (num_tuples,))
                 self.columns[column] = torch.rand(shape, generator=generator)
 
     def call(self, function, dtype, train=LEAVES, **more):

@@ -30,6 +30,7 @@ from fastpo.types import Pairs, PreferenceOutput, Segments
 
 from . import run
 from .checks import TOKEN_LOGPS, check_loss_and_stats, check_reference
+from .coupled import coupled_loss, couples
 
 # The fields of run.Inputs, of the four records of preference_loss, and of run.Wanted.
 _HEAD = """Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? rows, Tensor? temperatures,
@@ -153,7 +154,9 @@ def linear_preference_loss(
         labels: any integer type; what stands at tokens that do not count may be anything.
         ref_logps: the reference's log-probs, a constant; None with ``ref_hidden`` or an objective without reference.
         segments: which tokens belong to which sequence, and their weights; float fields are differentiable.
-        pairs, objective: as for ``preference_loss``; every preset of ``fastpo.objectives``, or your own.
+        pairs, objective: as for ``preference_loss``; every preset of ``fastpo.objectives``, or your own. One that
+            couples the tuples of the batch (``couple``, ``list_loss``) goes by the two calls above: no group of
+            sequences can be finished before all are scored.
         bias, temperature, logit_scale, logit_softcap, lora, topk, label_set: as for ``linear_token_logprobs``.
         rows: which hidden row predicts each label. A row whose labels are in several groups is computed in each.
         ref_hidden: the reference's hidden states, in place of ``ref_logps``: 1F more, no gradient. Its head is
@@ -170,9 +173,8 @@ def linear_preference_loss(
     Raises:
         TypeError, ValueError: one line that names the argument. ValueError too where the budget does not hold the rows
             of connected sequences and the smallest tile. Two phases, ``linear_token_logprobs`` and then
-            ``sequence_scores`` or ``preference_loss``, are what this op cannot replace for losses that couple a batch
-            beyond its tuples (sorted scores, a running mean of this batch's), for gradients of statistics, and for a
-            vocabulary split over processes.
+            ``sequence_scores`` or ``preference_loss``, are what this op cannot replace for losses of scores that no
+            ``Objective`` says, for gradients of statistics, and for a vocabulary split over processes.
 
     Cost, in F = 2 R H V operations, R counting the hidden rows that predict tokens that count: 1F without gradient,
     **2F** with a frozen head, **3F** with a trained one, 1F more for ``ref_hidden``; connected sequences that alone
@@ -202,6 +204,29 @@ def linear_preference_loss(
             ignore_index=ignore_index,
             memory_budget=memory_budget,
         )
+    if couples(objective):
+        out, values = coupled_loss(
+            hidden,
+            weight,
+            labels,
+            mask,
+            ref_logps,
+            segments,
+            pairs,
+            objective,
+            bias=bias,
+            rows=rows,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            ignore_index=ignore_index,
+            lora=lora,
+            stats=stats,
+            topk=topk,
+            label_set=label_set,
+            memory_budget=memory_budget,
+        )
+        return (out, values) if stats else out
     lora_a, lora_b, lora_scale = lora if lora is not None else (None, None, 1.0)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=wide, device=hidden.device)

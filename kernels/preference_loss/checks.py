@@ -21,24 +21,18 @@ def check_loss(
 ) -> None:
     _check_inputs(logps, ref_logps, segments, objective, scores)
     if objective.couple is not None or objective.list_loss is not None:
-        wanted = "preference_loss computes it from log-probs, as those of linear_token_logprobs"
-        raise ValueError(f"objective {objective.name} couples the tuples of a batch; {wanted}")
+        _check_coupled(logps, segments, pairs, objective, scores)
+        return
     like = logps if logps is not None else scores
     assert like is not None
     _check_pairs(pairs, objective, like)
     _check_required(segments, pairs, objective)
 
 
-def check_coupled(
-    logps: Tensor | None,
-    ref_logps: Tensor | None,
-    segments: Segments | None,
-    pairs: Pairs,
-    objective: Objective,
-    scores: Tensor | None,
+def _check_coupled(
+    logps: Tensor | None, segments: Segments | None, pairs: Pairs, objective: Objective, scores: Tensor | None
 ) -> None:
     """What a batch function or a loss of lists is given. What it makes is checked as the tuples of any objective."""
-    _check_inputs(logps, ref_logps, segments, objective, scores)
     if segments is None and objective.couple is not None:
         raise ValueError(f"segments is None; objective {objective.name} computes columns of it")
     if not isinstance(pairs, Pairs):

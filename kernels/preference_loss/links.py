@@ -117,7 +117,7 @@ SCORE_MAPS: dict[str, Curve] = {
 }
 TOKEN_MAPS: dict[str, Curve] = {"identity": _IDENTITY, "log1mexp": Curve(_log1mexp, _log1mexp_slope)}
 
-# By code, the position in objectives.py.
+# By code, the position in objectives.LINKS and its like.
 LINKS_BY_CODE = tuple(LINKS[name] for name in LINK_DEFAULTS)
 SCORE_MAPS_BY_CODE = tuple(SCORE_MAPS[name] for name in SCORE_MAP_NAMES)
 TOKEN_MAPS_BY_CODE = tuple(TOKEN_MAPS[name] for name in TOKEN_MAP_NAMES)

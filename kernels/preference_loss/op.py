@@ -252,7 +252,7 @@ def preference_loss(
 ) -> PreferenceOutput:
     """The loss of ``objective`` over tuples of sequences, its metrics, and gradients for every token in one pass.
 
-    In plain PyTorch, for two members and one logistic term (see fastpo/objectives.py for the whole formula)::
+    In plain PyTorch, for two members and one logistic term (fastpo/objectives/core.py has the whole formula)::
 
         S = torch.stack([(logps - ref_logps)[a:b].sum() for a, b in pairwise(segments.cu_seqlens)])
         z = beta * (S[pairs.index[:, 0]] - S[pairs.index[:, 1]])
@@ -281,9 +281,9 @@ def preference_loss(
     read of the mask (5 bytes a token). Deterministic: a sequence in several tuples sums them in their order. An
     objective whose ``path`` is "two-phase" reads the tokens once more, for the scores that its batch function takes.
     """
-    if isinstance(objective, Objective) and (objective.couple is not None or objective.list_loss is not None):
-        return _coupled_loss(logps, ref_logps, segments, pairs, objective, scores)
     checks.check_loss(logps, ref_logps, segments, pairs, objective, scores)
+    if objective.couple is not None or objective.list_loss is not None:
+        return _coupled_loss(logps, ref_logps, segments, pairs, objective, scores)
     like = scores if logps is None else logps
     assert like is not None
     tokens = tokens_of(logps, ref_logps, segments, like)
@@ -305,7 +305,6 @@ def _coupled_loss(
     scores: Tensor | None,
 ) -> PreferenceOutput:
     """``preference_loss`` of an objective with a batch function or a loss of lists: scores, then records, then loss."""
-    checks.check_coupled(logps, ref_logps, segments, pairs, objective, scores)
     own = scores
     if scores is None and objective.path == "two-phase":
         assert logps is not None and segments is not None
