@@ -6,6 +6,7 @@ from fastpo import objectives
 from fastpo.kernels.linear_preference_loss import linear_preference_loss
 from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
 from fastpo.kernels.preference_loss import preference_loss, sequence_scores
+from fastpo.kernels.token_kl import linear_token_kl, token_kl
 from fastpo.kernels.token_logprobs import token_logprobs
 from fastpo.kernels.tree_attention import attention_blocks, tree_attention
 from fastpo.objectives import Objective, Term
@@ -35,6 +36,7 @@ __all__ = [
     "disable",
     "enable",
     "linear_preference_loss",
+    "linear_token_kl",
     "linear_token_logprobs",
     "objectives",
     "pack",
@@ -43,6 +45,7 @@ __all__ = [
     "score_stream",
     "sequence_nodes",
     "sequence_scores",
+    "token_kl",
     "token_logprobs",
     "trained_nodes",
     "tree_attention",

@@ -1,0 +1,62 @@
+"""The spec of ``token_kl`` in plain PyTorch, and the arithmetic of one tile of the op. README.md derives it.
+
+R rows of a tile, V vocabulary entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """What happens to a row of logits x before its softmax: ``z = softcap(scale x) / temperature``."""
+
+    temperature: float
+    logit_scale: float
+    logit_softcap: float  # c of ``c tanh(y / c)``; 0: none
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """z of logits x, in their type."""
+        y = logits if self.logit_scale == 1 else logits * self.logit_scale
+        if self.logit_softcap:
+            y = self.logit_softcap * torch.tanh(y / self.logit_softcap)
+        return y if self.temperature == 1 else y / self.temperature
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """dz/dx from z."""
+        factor = self.logit_scale / self.temperature
+        if not self.logit_softcap:
+            return factor
+        return factor * (1 - (z * (self.temperature / self.logit_softcap)) ** 2)
+
+
+def spec(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, head: Head) -> Tensor:
+    """[...] ``KL(q || p)``, q of ref_logits and p of logits [..., V]; 0 where mask is False. Differentiable by p."""
+    logp = torch.log_softmax(head.apply(logits), dim=-1)
+    logq = torch.log_softmax(head.apply(ref_logits), dim=-1)
+    each = torch.where(logq == -torch.inf, 0.0, logq.exp() * (logq - logp))  # 0 log 0 = 0
+    kl = each.sum(-1)
+    return kl if mask is None else torch.where(mask, kl, 0.0)
+
+
+def divergence(z: Tensor, ref_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[R] KL, [R] logsumexp of z, [R] of ref_z, from z and ref_z [R, V] in the type that is computed in.
+
+    Term by term ``q (d - 1 + e^-d)``, d = log q - log p, in place of ``q d``: the same sum, since p and q sum to 1, of
+    terms that are never negative and of second order where p is near q. So K is not the rounding of what cancels.
+    """
+    norm, ref_norm = z.logsumexp(1), ref_z.logsumexp(1)
+    logq = ref_z - ref_norm[:, None]
+    d = logq - (z - norm[:, None])
+    q = logq.exp()
+    terms = torch.expm1(-d).add_(d).mul_(q)
+    # Where q is 0 in this type, what is left of the term is p.
+    lost = q < torch.finfo(q.dtype).tiny
+    return torch.where(lost, (z - norm[:, None]).exp(), terms).sum(1), norm, ref_norm
+
+
+def slope(z: Tensor, ref_z: Tensor, norm: Tensor, ref_norm: Tensor, head: Head) -> Tensor:
+    """[R, V] dKL/dx = (p - q) dz/dx, written over z where that has no softcap."""
+    own = head.slope(z)
+    return (z - norm[:, None]).exp_().sub_((ref_z - ref_norm[:, None]).exp_()).mul_(own)

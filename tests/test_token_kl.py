@@ -1,0 +1,138 @@
+"""``token_kl`` and ``linear_token_kl``: against the spec in fp64, its precision near p = q, chunks, masks, mistakes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastpo.kernels.token_kl import linear_token_kl, op, token_kl
+from fastpo.kernels.token_kl.reference import Head, spec
+
+N, H, V = 13, 12, 101
+HEADS = [(1.0, None), (0.7, None), (1.0, 4.0), (1.6, 2.5)]  # temperature, softcap
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def judged(ours, torchs, exact, tiny):
+    error, allowed = (ours.double() - exact).abs().max(), 2 * (torchs.double() - exact).abs().max()
+    assert error <= allowed + tiny, f"error {error:.2e}, allowed {allowed + tiny:.2e}"
+
+
+@pytest.fixture(params=[1, 5, 1000], ids="{} rows".format, autouse=True)
+def chunk(request, monkeypatch):
+    """One row, some rows, all rows in a chunk."""
+    monkeypatch.setattr(op, "_logits_rows", lambda logits: request.param)
+    monkeypatch.setattr(op, "DEFAULT_BUDGET", request.param * op.TILES * V * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature, softcap", HEADS)
+def test_logits(temperature, softcap, dtype):
+    logits, ref, mask = (normal(N, V, seed=s, scale=3).to(dtype) for s in (0, 1, 2))
+    mask, upstream, head = mask[:, 0] > -1, normal(N, seed=3), Head(temperature, 1.0, softcap or 0.0)
+    results = []
+    for own in (dtype, torch.float64):
+        wide = torch.float64 if own == torch.float64 else torch.float32
+        x = logits.to(own).requires_grad_()
+        kl = spec(x.to(wide), ref.to(wide), mask, head)
+        results.append((kl.detach(), *torch.autograd.grad(kl, x, upstream.to(wide))))
+    x = logits.clone().requires_grad_()
+    kl = token_kl(x, ref, mask=mask, temperature=temperature, logit_softcap=softcap)
+    ours = (kl.detach(), *torch.autograd.grad(kl, x, upstream.to(kl.dtype)))
+    assert kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and not kl[~mask].any()
+    for name, own, torchs, exact in zip(("kl", "grad"), ours, *results, strict=True):
+        assert own.dtype == (kl.dtype if name == "kl" else dtype)
+        judged(own, torchs, exact, 2.4e-7 * max(1.0, float(exact.abs().max())))
+
+
+@pytest.mark.parametrize("train", [(), ("hidden",), ("hidden", "weight", "bias"), ("weight",)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature, softcap", HEADS[::3])
+def test_hidden(temperature, softcap, dtype, train):
+    leaves = {"hidden": normal(N, H, scale=2), "weight": normal(V, H, seed=1), "bias": normal(V, seed=2)}
+    ref = [normal(N, H - 3, seed=4).to(dtype), normal(V, H - 3, seed=5).to(dtype)]
+    mask, upstream, head = normal(N, seed=6) > -1, normal(N, seed=7), Head(temperature, 0.8, softcap or 0.0)
+    results = []
+    for own in (dtype, torch.float64):
+        wide = torch.float64 if own == torch.float64 else torch.float32
+        x = {name: v.to(dtype).to(own).requires_grad_(name in train) for name, v in leaves.items()}
+        logits = F.linear(x["hidden"].to(wide), x["weight"].to(wide), x["bias"].to(wide))
+        kl = spec(logits, F.linear(*(r.to(wide) for r in ref)), mask, head)
+        grads = torch.autograd.grad(kl, [x[name] for name in train], upstream.to(wide)) if train else ()
+        results.append((kl.detach(), *grads))
+    x = {name: v.to(dtype).requires_grad_(name in train) for name, v in leaves.items()}
+    settings = {"mask": mask, "temperature": temperature, "logit_scale": 0.8, "logit_softcap": softcap}
+    kl = linear_token_kl(x["hidden"], x["weight"], *ref, bias=x["bias"], **settings)
+    assert kl.requires_grad == bool(train) and not kl[~mask].any()
+    grads = torch.autograd.grad(kl, [x[name] for name in train], upstream.to(kl.dtype)) if train else ()
+    for own, torchs, exact in zip((kl.detach(), *grads), *results, strict=True):
+        tiny = (8e-3 if dtype == torch.bfloat16 else 2e-6) * max(1.0, float(exact.abs().max()))
+        judged(own, torchs, exact, tiny)
+
+
+def test_near_the_reference():
+    """K of 1e-7 to three digits, where the formula as it stands has none; 0 where the models are equal."""
+    ref = normal(N, V, scale=3).float()
+    moved = ref + normal(N, V, seed=1).float() * 3e-4
+    exact = spec(moved.double(), ref.double(), None, Head(1.0, 1.0, 0.0))
+    torch.testing.assert_close(token_kl(moved, ref).double(), exact, rtol=2e-3, atol=0)
+    naive = spec(moved, ref, None, Head(1.0, 1.0, 0.0)).double()
+    assert ((naive - exact).abs() / exact).max() > 0.02
+    assert not token_kl(ref, ref).any()
+
+
+def test_extremes():
+    """Masked logits (-inf) of both, of the reference alone; distributions that have nothing in common."""
+    inf = torch.inf
+    logits = torch.tensor([[0.0, 1.0, -inf], [0.0, 1.0, 2.0], [200.0, 0.0, 0.0]], requires_grad=True)
+    ref = torch.tensor([[1.0, 0.0, -inf], [1.0, 0.0, -inf], [0.0, 200.0, 0.0]])
+    kl = token_kl(logits, ref)
+    expected = spec(logits.detach()[:2].double().nan_to_num(neginf=-800), ref[:2].double(), None, Head(1.0, 1.0, 0.0))
+    torch.testing.assert_close(kl[:2].detach().double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(kl[2].detach(), torch.tensor(200.0))
+    (grad,) = torch.autograd.grad(kl.sum(), logits)
+    torch.testing.assert_close(grad[2], torch.tensor([1.0, -1.0, 0.0]))
+    assert grad.isfinite().all()
+
+
+def test_leading_shapes_and_nothing_there():
+    x, ref = normal(2, 3, 4, V).float(), normal(2, 3, 4, V, seed=1).float()
+    assert torch.equal(token_kl(x, ref).flatten(), token_kl(x.view(-1, V), ref.view(-1, V)))
+    assert token_kl(x[:0], ref[:0]).shape == (0, 3, 4)
+    hidden, weight = normal(2, 3, H).float().requires_grad_(), normal(V, H).float()
+    masked = linear_token_kl(hidden, weight, hidden, weight + 1, mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert masked.shape == (2, 3) and not masked.any() and not torch.autograd.grad(masked.sum(), hidden)[0].any()
+
+
+def test_opcheck_and_fullgraph(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    logits, ref = normal(4, V).float().requires_grad_(), normal(4, V, seed=1).float()
+    torch.library.opcheck(torch.ops.fastpo.token_kl_fwd.default, (logits, ref, None, 1.0, 1.0, 0.0))
+    hidden, weight = normal(4, H).float().requires_grad_(), normal(V, H).float().requires_grad_()
+    flat = (hidden, weight, hidden.detach(), weight.detach() + 1, None, None, None, 1.0, 1.0, 0.0, 3, True)
+    torch.library.opcheck(torch.ops.fastpo.linear_token_kl_fwd.default, flat)
+    compiled = torch.compile(token_kl, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, ref), token_kl(logits, ref))
+
+
+X, W = torch.zeros(4, H), torch.zeros(V, H)
+MISTAKES = {
+    "ref_logits is torch.float32 [4, 12] on cpu; it should be [4, 13]": lambda: token_kl(torch.zeros(4, 13), X),
+    "logits is torch.int64 [4]": lambda: token_kl(torch.zeros(4, dtype=torch.int64), X),
+    "mask is torch.bool [3]; it should be bool [4]": lambda: token_kl(X, X, mask=torch.ones(3, dtype=torch.bool)),
+    "temperature is 0.0": lambda: token_kl(X, X, temperature=0.0),
+    "weight is torch.float32 [101, 11]; it should be torch.float32 [V, 12]": lambda: linear_token_kl(X, W[:, 1:], X, W),
+    "ref_weight has 7 rows; weight has 101: one vocabulary": lambda: linear_token_kl(X, W, X, W[:7]),
+    "ref_hidden is torch.float32 [3, 12]; it should be [4]": lambda: linear_token_kl(X, W, X[:3], W),
+    "bias is torch.float32 [12]": lambda: linear_token_kl(X, W, X, W, bias=X[0]),
+    "memory_budget is 0": lambda: linear_token_kl(X, W, X, W, memory_budget=0),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named_in_one_line(message):
+    with pytest.raises(ValueError) as caught:
+        MISTAKES[message]()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
