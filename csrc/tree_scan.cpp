@@ -1,0 +1,136 @@
+// path_sum and subtree_sum on the CPU: implements the fastpo_c::tree_path_sum and tree_subtree_sum ops. One walk over the
+// preorder with one fp64 sum per depth: nothing is ever subtracted.
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "parallel.h"
+
+namespace fastpo {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kColumns = 64;  // that one task sums side by side
+
+struct Tree {
+  int64_t root, end;  // its nodes
+  int64_t levels;     // its greatest depth and one
+};
+
+// The trees of a forest by its depths in preorder, which are checked.
+std::vector<Tree> trees_of(const int64_t* depth, int64_t num_nodes) {
+  std::vector<Tree> trees;
+  bool good = true;
+  int64_t previous = -1;
+  for (int64_t i = 0; i < num_nodes; ++i) {
+    good &= depth[i] >= 0 && depth[i] <= previous + 1;
+    previous = depth[i];
+    if (previous == 0) trees.push_back({i, i, 0});
+    if (!good) break;
+    trees.back().end = i + 1;
+    trees.back().levels = std::max(trees.back().levels, previous + 1);
+  }
+  STD_TORCH_CHECK(good, "tree.depth is of no forest in preorder: it should start at 0 and rise by at most 1");
+  return trees;
+}
+
+// [N, K] of any strides.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t row_stride, column_stride;
+  T& at(int64_t row, int64_t column) const { return data[row * row_stride + column * column_stride]; }
+};
+
+template <class T>
+struct Columns {
+  Matrix<const T> in;
+  Matrix<T> out;
+  const int64_t* depth;
+  int64_t first, count;  // columns first:first+count
+};
+
+// sums [levels, count]: at each depth, of the path down to the last node seen there.
+template <class T>
+void path_walk(const Columns<T>& of, const Tree& tree, double* sums) {
+  for (int64_t i = tree.root; i < tree.end; ++i) {
+    double* here = sums + of.depth[i] * of.count;
+    const double* above = of.depth[i] == 0 ? nullptr : here - of.count;
+    for (int64_t c = 0; c < of.count; ++c) {
+      here[c] = static_cast<double>(of.in.at(i, of.first + c)) + (above ? above[c] : 0.0);
+      of.out.at(i, of.first + c) = static_cast<T>(here[c]);
+    }
+  }
+}
+
+// sums [levels + 1, count]: at each depth, of the subtrees seen since the walk (backwards) last met their parent.
+template <class T>
+void subtree_walk(const Columns<T>& of, const Tree& tree, double* sums) {
+  for (int64_t i = tree.end; i-- > tree.root;) {
+    double* here = sums + of.depth[i] * of.count;
+    double* below = here + of.count;
+    for (int64_t c = 0; c < of.count; ++c) {
+      const double sum = static_cast<double>(of.in.at(i, of.first + c)) + below[c];
+      below[c] = 0;
+      here[c] += sum;
+      of.out.at(i, of.first + c) = static_cast<T>(sum);
+    }
+  }
+}
+
+template <class T, bool kPath>
+void scan(const Tensor& values, const Tensor& depth, const Tensor& out) {
+  const int64_t rows = values.size(0), columns = values.size(1);
+  const auto* levels = static_cast<const int64_t*>(depth.const_data_ptr());
+  const std::vector<Tree> trees = trees_of(levels, rows);
+  const Matrix<const T> in{static_cast<const T*>(values.const_data_ptr()), values.stride(0), values.stride(1)};
+  const Matrix<T> result{static_cast<T*>(out.mutable_data_ptr()), columns, 1};
+  const int64_t parts = (columns + kColumns - 1) / kColumns;
+  for_each_task(static_cast<int64_t>(trees.size()) * parts, rows * columns, [&](int64_t task) {
+    thread_local std::vector<double> sums;
+    const Tree& tree = trees[task / parts];
+    const int64_t first = task % parts * kColumns;
+    const Columns<T> part{in, result, levels, first, std::min(kColumns, columns - first)};
+    sums.assign((tree.levels + 1) * part.count, 0.0);
+    (kPath ? path_walk<T> : subtree_walk<T>)(part, tree, sums.data());
+  });
+}
+
+template <bool kPath>
+Tensor scan_op(const Tensor values, const Tensor /*parent*/, const Tensor depth, const Tensor /*subtree_end*/) {
+  STD_TORCH_CHECK(values.dim() == 2 && depth.numel() == values.size(0), "values should be [N, K], tree.depth [N]");
+  STD_TORCH_CHECK(depth.scalar_type() == ScalarType::Long && depth.is_contiguous(), "tree.depth should be int64, contiguous");
+  const Tensor out = torch::stable::new_empty(values, std::vector<int64_t>{values.size(0), values.size(1)});
+  switch (values.scalar_type()) {
+    case ScalarType::Float:
+      scan<float, kPath>(values, depth, out);
+      break;
+    case ScalarType::Double:
+      scan<double, kPath>(values, depth, out);
+      break;
+    case ScalarType::BFloat16:
+      scan<c10::BFloat16, kPath>(values, depth, out);
+      break;
+    case ScalarType::Half:
+      scan<c10::Half, kPath>(values, depth, out);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "values should be float32, bfloat16, float16 or float64");
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace fastpo
+
+STABLE_TORCH_LIBRARY_IMPL(fastpo_c, CPU, m) {
+  m.impl("tree_path_sum", TORCH_BOX(&fastpo::scan_op<true>));
+  m.impl("tree_subtree_sum", TORCH_BOX(&fastpo::scan_op<false>));
+}
