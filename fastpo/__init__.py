@@ -9,6 +9,7 @@ from fastpo.kernels.preference_loss import preference_loss, sequence_scores
 from fastpo.kernels.token_kl import linear_token_kl, token_kl
 from fastpo.kernels.token_logprobs import token_logprobs
 from fastpo.kernels.tree_attention import attention_blocks, tree_attention
+from fastpo.kernels.tree_scan import path_sum, subtree_sum
 from fastpo.objectives import Objective, Term
 from fastpo.trees import TreeBuilder, build_tree, check_tree, pack, sequence_nodes, trained_nodes
 from fastpo.types import PackedTrees, Pairs, PreferenceOutput, Segments, TokenTree
@@ -40,11 +41,13 @@ __all__ = [
     "linear_token_logprobs",
     "objectives",
     "pack",
+    "path_sum",
     "preference_loss",
     "score",
     "score_stream",
     "sequence_nodes",
     "sequence_scores",
+    "subtree_sum",
     "token_kl",
     "token_logprobs",
     "trained_nodes",
