@@ -1,111 +1,251 @@
 """Everything that needs a GPU, in one command: ``make gpu-check``. Nothing is downloaded or needs to be installed.
 
-Builds the CUDA ops, runs the GPU tests, lets compute-sanitizer watch a few of them, measures the ceilings (copy
-bandwidth, bf16 GEMM) and the GPU benchmark suite, whose rows go to ``benchmarks/results/results.csv``. A step that
-fails or overruns does not stop the next; the table at the end says what failed. ``--peers DIR`` adds wheels of peers to
-the path.
+Builds the compiled ops, runs the GPU tests (every op's in a process of its own, all at once), measures the ceilings
+(copy bandwidth, bf16 GEMM) and the suite "gpu" op by op, and lets compute-sanitizer watch the small tests. Rows are
+appended to ``benchmarks/results/results.csv`` as they are measured. A part that fails or overruns does not stop the
+next; the table at the end says what failed and what was measured. ``--wheels DIR`` puts peers' wheels on the path.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET_S = 540
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+# The ops whose rows are wanted most; others follow.
+FIRST = ("token_logprobs", "linear_token_logprobs", "linear_preference_loss", "tree_attention")
 SANITIZED = "small"  # the GPU tests that compute-sanitizer is quick enough for have this word in their name
+SANITIZER_NEEDS_S = 40
+NEEDED = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11")
 
 
 @dataclass
-class Step:
+class Part:
     name: str
-    command: list[str]
-    limit_s: int
-    result: str = "not run"
+    command: Sequence[str]
+    limit_s: float
+    result: str = "not run: no time left"
     seconds: float = 0.0
 
-
-def steps() -> list[Step]:
-    python, pytest = [sys.executable], [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
-    found = [
-        Step("build CUDA ops", [*python, "setup.py", "build_ext", "--inplace"], 240),
-        Step("info", [*python, "-m", "fastpo.info"], 60),
-        Step("GPU tests", pytest, 240),
-        Step("ceilings", [*python, "benchmarks/gpu_check.py", "--ceilings"], 60),
-        Step("benchmarks", [*python, "benchmarks/run.py", "--suite", "gpu", "--device", "cuda", "--seconds", "1"], 240),
-    ]
-    if shutil.which("compute-sanitizer"):
-        command = ["compute-sanitizer", "--error-exitcode", "9", *pytest, "-k", SANITIZED]
-        found.append(Step("compute-sanitizer", command, 120))
-    return found
+    @property
+    def failed(self) -> bool:
+        return not self.result.startswith(("ok", "left out"))
 
 
-def run(step: Step, left_s: float, environment: dict[str, str]) -> None:
-    """Runs a step in its own process, its output passed through; what is left of the budget bounds it."""
-    print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)
-    limit, begin = min(step.limit_s, left_s), time.perf_counter()
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def run(part: Part, limit_s: float, environment: dict[str, str]) -> None:
+    """Runs a part in its own process; prints its output when it has ended. Sets result and seconds."""
+    limit, begin = min(part.limit_s, limit_s), time.perf_counter()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        part.result = _ended(part.command, limit, environment, output)
+        output.seek(0)
+        text = output.read()
+    part.seconds = time.perf_counter() - begin
+    counts = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s", text, re.MULTILINE)
+    part.result += f": {counts[-1]}" if counts else ""
+    print(f"\n=== {part.name} ({part.seconds:.0f} s): {' '.join(part.command)}\n{text[-6000:]}", flush=True)
+
+
+def _ended(command: Sequence[str], limit_s: float, environment: dict[str, str], output: IO[str]) -> str:
+    """How a command ended within its time."""
+    options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
     try:
-        code = subprocess.run(step.command, cwd=ROOT, env=environment, timeout=limit).returncode
-        step.result = "ok" if code == 0 else f"FAILED (exit {code})"
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+    except OSError as error:
+        return f"FAILED ({error})"
+    try:
+        code = process.wait(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        step.result = f"FAILED (over {limit:.0f} s)"
-    step.seconds = time.perf_counter() - begin
+        return f"FAILED (over {limit_s:.0f} s)"
+    finally:
+        _end(process)
+    return "ok" if code == 0 else f"FAILED (exit {code})"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a part with all that it started: a compiler left behind would hold the next part up."""
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def run_together(parts: Sequence[Part], limit_s: float, environment: dict[str, str]) -> None:
+    threads = [threading.Thread(target=run, args=(part, limit_s, environment)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def builds() -> list[Part]:
+    """The C++ ops first: they do not depend on CUDA's compiler."""
+    build = python("setup.py", "--quiet", "build_ext", "--inplace")
+    return [
+        Part("build C++ ops", ["env", "FASTPO_BUILD=cpu", *build], 150),
+        Part("build CUDA ops", ["env", "FASTPO_BUILD=cuda", *build], 150),
+    ]
+
+
+def tests() -> list[Part]:
+    """A part per test file that holds GPU tests; a kernel that breaks the GPU's context breaks its own file only."""
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8"))
+    options = ("-m", "gpu", "-q", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
+    return [Part(f"tests {p.stem}", python("-m", "pytest", str(p.relative_to(ROOT)), *options), 180) for p in files]
+
+
+def sanitized(parts: Sequence[Part]) -> list[Part]:
+    tool = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "5"]
+    return [Part(f"sanitizer {p.name}", [*tool, *p.command, "-k", SANITIZED], 90) for p in parts]
+
+
+def measurements() -> list[Part]:
+    """A part per op and workload, the most wanted first."""
+    from discovery import benches
+
+    names = sorted(benches([]), key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    suite = ("benchmarks/run.py", "--suite", "gpu", "--device", "cuda", "--seconds", "0.5")
+    return [Part(f"measure {name}", python(*suite, "--ops", name, "--minutes", "0.8"), 80) for name in names]
 
 
 def ceilings() -> None:
-    """The two numbers that shares of the floor refer to, on this GPU."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    """Two rows: what shares of the floor refer to on this GPU."""
+    import torch
+    from measure import Row, append, interleaved, machine, percentile
+
+    source = torch.randint(256, (2**31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy_s = seconds_of(lambda: target.copy_(source))
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    gemm_s = seconds_of(lambda: a @ b)
-    print(f"{torch.cuda.get_device_name()}: copy {2 * 2**30 / copy_s / 1e12:.2f} TB/s (read + written), ", end="")
-    print(f"bf16 GEMM 8192^3 {2 * 8192**3 / gemm_s / 1e12:.0f} TFLOP/s")
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    runs = {"copy": lambda _: target.copy_(source), "bf16 GEMM": lambda _: a @ b}
+    amounts = {"copy": (2 * len(source), "GB/s", "bytes=2^31"), "bf16 GEMM": (2 * 8192**3, "GFLOP/s", "M=N=K=8192")}
+    times, where = interleaved(runs, None, "cuda", 2.0), machine("cuda")
+    for name, (amount, unit, shape) in amounts.items():
+        p20, p50, p80 = (percentile(times[name], share) for share in (0.2, 0.5, 0.8))
+        case = {"op": "ceiling", "case": name, "mode": "read and written" if name == "copy" else "", "shape": shape}
+        figures = {f"{key}_ms": round(s * 1e3, 4) for key, s in (("p20", p20), ("p50", p50), ("p80", p80))}
+        dtype = "uint8" if name == "copy" else "bfloat16"
+        rate = {
+            "peak_mib": None,
+            "rate": round(amount / p50 / 1e9, 1),
+            "unit": unit,
+            "floor_share": 1.0,
+            "speedup": 1.0,
+        }
+        append([Row(**where, **case, dtype=dtype, implementation="torch", **figures, **rate)])
+        print(f"{where['device']}: {name} {rate['rate']:.0f} {unit}")
 
 
-def seconds_of(call, runs: int = 20) -> float:
-    """Median seconds of a call on the current stream, by CUDA events, after three warm-up calls."""
-    times = []
-    for i in range(runs + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) / 1e3)
-    return sorted(times)[runs // 2]
+def summary(rows: list[dict[str, str]]) -> str:
+    """What was measured, against the ceilings of the same run and the fastest peer."""
+    from tables import latest, milliseconds
+
+    tops = {row["unit"]: float(row["rate"]) for row in rows if row["op"] == "ceiling"}
+    lines = []
+    for result in latest(rows, gpu=True):
+        ours, peers = result.fastpo, result.peers
+        top = tops.get(ours["unit"])
+        share = f"{float(ours['rate']) / top:4.0%} of {top:.0f}" if top and ours["rate"] else ""
+        faster = (
+            f"{float(peers[0]['p50_ms']) / float(ours['p50_ms']):.2f}x {peers[0]['implementation']}" if peers else ""
+        )
+        rate = f"{ours['rate']} {ours['unit']}"
+        lines.append(f"{ours['op']}: {result.label:70s} {milliseconds(ours):>7s} ms {rate:>17s} {share:14s} {faster}")
+    return "\n".join(lines)
+
+
+def unusable() -> str | None:
+    """Why nothing can be checked here, or None."""
+    absent = [name for name in NEEDED if not _importable(name)]
+    if absent:
+        return f"{sys.executable} lacks {', '.join(absent)}"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; PYTHON= chooses another Python for make gpu-check"
+    return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
+
+
+def _importable(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def unpacked(wheels: Path) -> str:
+    """A folder with the contents of the wheels, for the path; they are not installed, and bring none of their needs."""
+    folder = ROOT / "build" / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        sys.exit(f"--wheels is {wheels}; it should be a folder of .whl files")
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    return str(folder)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ceilings", action="store_true", help="only measure copy bandwidth and bf16 GEMM")
-    parser.add_argument("--peers", type=Path, help="folder of peers' wheels or packages, put on the path")
+    parser.add_argument("--wheels", type=Path, help="folder of peers' wheels, which are used without being installed")
+    parser.add_argument("--budget", type=float, default=530.0, help="seconds for everything (default: 530)")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("gpu-check needs an NVIDIA GPU; there is none here", file=sys.stderr)
+    if reason := unusable():
+        print(f"gpu-check needs a Python with CUDA's torch and an NVIDIA GPU: {reason}", file=sys.stderr)
         return 2
     if arguments.ceilings:
         ceilings()
         return 0
-    path = [str(ROOT), *([str(p) for p in sorted(arguments.peers.iterdir())] if arguments.peers else [])]
-    environment = os.environ | {"FASTPO_BUILD": "cuda", "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    todo, begin = steps(), time.perf_counter()
-    for step in todo:
-        left = BUDGET_S - (time.perf_counter() - begin)
-        if left > 10:
-            run(step, left, environment)
-    print()
-    for step in todo:
-        print(f"{step.name:20s} {step.seconds:6.1f} s  {step.result}")
-    return 0 if all(step.result == "ok" for step in todo) else 1
+    begin = time.perf_counter()
+    path = [str(ROOT), *([unpacked(arguments.wheels)] if arguments.wheels else [])]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTPO_BACKEND")
+    }
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+    def left() -> float:
+        return arguments.budget - (time.perf_counter() - begin)
+
+    from measure import read
+
+    before, parts = len(read()), builds()
+    parts += [Part("info", python("-m", "fastpo.info"), 40)]
+    parts += [Part("ceilings", python("benchmarks/gpu_check.py", "--ceilings"), 40)]
+    for part in parts:
+        run(part, left(), environment)
+    testing, measuring = tests(), measurements()
+    run_together(testing, left() / 2, environment)
+    for i, part in enumerate(measuring):
+        if left() > 20:
+            run(part, left() / max(1.0, (len(measuring) - i) / 2), environment)
+    watching = sanitized(testing) if shutil.which("compute-sanitizer") else []
+    for part in watching:
+        part.result = "left out: no time left"
+    if left() > SANITIZER_NEEDS_S:
+        run_together(watching, left() - 10, environment)
+    parts += [*testing, *measuring, *watching]
+    print(f"\n{summary(read()[before:])}\n")
+    for part in parts:
+        print(f"{part.name:45s} {part.seconds:6.1f} s  {part.result}")
+    print(
+        f"{time.perf_counter() - begin:.0f} s in all; python benchmarks/plot.py --readme writes the rows into README.md"
+    )
+    return 1 if any(part.failed for part in parts) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """``pytest benchmarks``: every op against its peers under pytest-benchmark, a group per case.
 
-The cases are those of a suite, "small" unless ``--suite`` names another; outputs are checked first. ``run.py`` times the
-implementations of a case in turn and knows the floor: figures that are quoted come from there.
+The cases are those of a suite, "small" unless ``--suite`` names another; outputs are checked first. ``run.py`` times
+implementations in turn and knows the floor: figures that are quoted come from there.
 """
 
 import pytest

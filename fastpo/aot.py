@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastpo.columns import aligned
+
 ARCHS = (80, 90, 100)
 ROOT = Path(__file__).resolve().parents[1]
 NVCC_FLAGS = ("-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")  # as in setup.py
@@ -212,8 +214,7 @@ def table(reports: Sequence[Report]) -> str:
     archs = sorted({r.arch for r in reports})
     head = ("source", "kernel", *(f"sm_{a}" for a in archs))
     rows = [head, *((source, kernel, *(cell.get(a, "-") for a in archs)) for (source, kernel), cell in cells.items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

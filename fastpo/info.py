@@ -7,11 +7,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import fastpo
 import fastpo.kernels
+from fastpo.columns import aligned
 from fastpo.dispatch import Backend, Op
 from fastpo.kernels.linear_token_logprobs import plan
 
@@ -85,25 +84,18 @@ def head_rows() -> list[tuple[str, str, str, str]]:
 
 
 def main(_arguments: list[str] | None = None) -> int:
-    console = Console()
-    console.print(f"fastpo {fastpo.__version__}  |  {machine()}", highlight=False)
-    console.print("  ".join(f"{p} {installed(p)}" for p in PACKAGES), highlight=False)
+    print(f"fastpo {fastpo.__version__}  |  {machine()}")
+    print("  ".join(f"{p} {installed(p)}" for p in PACKAGES))
     forced = os.environ.get("FASTPO_BACKEND")
     if forced:
-        console.print(f"FASTPO_BACKEND={forced}: every op runs on this backend or fails", highlight=False)
+        print(f"FASTPO_BACKEND={forced}: every op runs on this backend or fails")
     rows = backend_rows()
-    table = Table("op", "backend", "state", title="backends, in order of preference")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print(f"\nbackends, in order of preference\n{aligned([('op', 'backend', 'state'), *rows])}")
     tokens, vocab, hidden = HEAD
-    title = f"what a fused head costs: {tokens} tokens, {vocab} x {hidden} weight (F: one GEMM of all of it)"
-    table = Table("mode", "GEMMs", "MiB", "why", title=title)
-    for line in head_rows():
-        table.add_row(*line)
-    console.print(table)
+    print(f"\nwhat a fused head costs: {tokens} tokens, {vocab} x {hidden} weight (F: one GEMM of all of it)")
+    print(aligned([("mode", "GEMMs", "MiB", "why"), *head_rows()]), end="\n\n")
     for hint in hints(rows):
-        console.print(f"- {hint}", highlight=False)
+        print(f"- {hint}")
     return 0
 
 
