@@ -62,9 +62,3 @@ def test_mistakes_are_named_in_one_line(call, message):
     start, *rest = message.split(" .* ")
     assert text.startswith(start) or start in text
     assert all(part in text for part in rest) and "\n" not in text
-
-
-def test_visit_soft_labels():
-    """Half where the rejected was visited as often or more; a chosen one without visits counts as one."""
-    labels = objectives.visit_soft_labels(torch.tensor([6, 2, 2, 0, 0]), torch.tensor([2, 2, 5, 0, 3]))
-    torch.testing.assert_close(labels, torch.tensor([0.75, 0.5, 0.5, 1.0, 0.5]))
