@@ -30,7 +30,7 @@ class Bench(Protocol):
     Optional: ``bytes_moved(case)`` or ``flops(case)``, the work of the floor (0: the other one counts), or
     ``items(case) -> (count, "pairs/s")`` where neither means much; ``ceiling(case) -> (run(inputs), work)``, the bare
     operation that bounds the case and its work in the same unit; ``refresh(case, inputs)``, untimed before each timed
-    call, where an implementation overwrites its inputs.
+    call, where an implementation overwrites its inputs; ``summary(rows of results.csv) -> lines`` printed at the end.
     """
 
     def cases(self, suite: str, device: str) -> list[Case]:

@@ -72,6 +72,26 @@ def interleaved(
     return {name: [taken[name] for taken in rounds] for name in runs}
 
 
+def counted(
+    runs: dict[str, Callable[[Any], Any]], inputs: Any, device: str, rounds: int, refresh: Callable[[Any], None]
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """(seconds, MiB at the peak) by name: in turn for ``rounds`` rounds, the last of which also reads memory.
+
+    For calls that take seconds: nothing is run for warming up (the gate did), nor for memory alone.
+    """
+    clock = stopwatch(device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, float | None] = {}
+    for left in reversed(range(rounds)):
+        for name, run in runs.items():
+            refresh(inputs)
+            if left:
+                times[name].append(clock(run, inputs))
+            else:
+                peaks[name] = peak_memory(lambda x, name=name: times[name].append(clock(runs[name], x)), inputs, device)
+    return times, peaks
+
+
 def stopwatch(device: str) -> Callable[[Callable[[Any], Any], Any], float]:
     """(run, inputs) -> seconds of one call.
 

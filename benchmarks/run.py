@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 from base import compare  # noqa: E402
 from discovery import benches, identity, refresher, work  # noqa: E402
-from measure import RESULTS, Row, append, interleaved, machine, peak_memory, percentile, read  # noqa: E402
+from measure import RESULTS, Row, append, counted, interleaved, machine, peak_memory, percentile, read  # noqa: E402
 from verify import brief, gate_all  # noqa: E402
 
-MINUTES = {"quick": 5.0, "full": 20.0, "gpu": 4.0}
+MINUTES = {"quick": 5.0, "full": 20.0, "gpu": 4.0, "grid": 35.0}
 
 
 def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
@@ -37,6 +38,20 @@ def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
         return runs
     prefixes = ("fastpo", *(peer for peer in peers if peer != "none"))
     return {name: run for name, run in runs.items() if name.startswith(prefixes)}
+
+
+def timings(
+    runs: dict[str, Any], inputs: Any, arguments: argparse.Namespace, refresh: Any
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """(seconds of each call, MiB at the peak) of each implementation."""
+    device = arguments.device
+    if arguments.rounds:
+        return counted(runs, inputs, device, arguments.rounds, refresh)
+    times, peaks = interleaved(runs, inputs, device, arguments.seconds, refresh), {}
+    for name, run in runs.items():
+        refresh(inputs)
+        peaks[name] = peak_memory(run, inputs, device)
+    return times, peaks
 
 
 def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, where: dict[str, Any]) -> list[Row]:
@@ -49,15 +64,14 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
     refresh = refresher(bench, case)
     bound, bound_work = bench.ceiling(case) if hasattr(bench, "ceiling") else (None, 0)
     timed = runs if bound is None else {**runs, "ceiling": bound}
-    times = interleaved(timed, inputs, device, arguments.seconds, refresh)
+    times, peaks = timings(timed, inputs, arguments, refresh)
     amount, unit, scale = work(bench, case)
     floor = math.nan if bound is None else amount / bound_work * percentile(times["ceiling"], 0.5)  # seconds
     ours = percentile(times["fastpo"], 0.5)
     rows = []
-    for name, run in runs.items():
+    for name in runs:
         p20, p50, p80 = (percentile(times[name], share) for share in (0.2, 0.5, 0.8))
-        refresh(inputs)
-        peak = peak_memory(run, inputs, device)
+        peak = peaks[name]
         rows.append(
             Row(
                 **where,
@@ -91,20 +105,38 @@ def print_rows(rows: list[Row]) -> None:
         print(f"  {row.implementation:36s} {cells}".rstrip(), flush=True)
 
 
+CASE = ("op", "case", "mode", "dtype", "shape")
+
+
+def rows_here(where: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of this commit on this device."""
+    return [row for row in read() if all(row[key] == str(where[key]) for key in ("commit", "device", "threads"))]
+
+
 def done_cases(where: dict[str, Any]) -> set[tuple[str, ...]]:
     """Cases with a row of this commit on this device."""
-    rows = [row for row in read() if all(row[key] == str(where[key]) for key in ("commit", "device", "threads"))]
-    return {tuple(row[key] for key in ("op", "case", "mode", "dtype", "shape")) for row in rows}
+    return {tuple(row[key] for key in CASE) for row in rows_here(where)}
+
+
+def print_summaries(rows: list[dict[str, str]], arguments: argparse.Namespace) -> None:
+    """What the suite's rows come to, of each op that can say it."""
+    for op, bench in benches(arguments.ops).items():
+        wanted = {tuple(identity(op, case).values()) for case in bench.cases(arguments.suite, arguments.device)}
+        found = [row for row in rows if tuple(row[key] for key in CASE) in wanted]
+        if found and hasattr(bench, "summary"):
+            print(f"\n{op}, {arguments.suite}:", *bench.summary(found), sep="\n  ")
 
 
 def measure(arguments: argparse.Namespace) -> int:
     """Runs the suite, prints and appends rows; the number of cases that failed."""
-    where, begin, failed, left_out, count = machine(arguments.device), time.perf_counter(), [], [], 0
+    where, begin, failed, left_out, measured = machine(arguments.device), time.perf_counter(), [], [], []
     print(f"{where['device']}, {where['threads']} threads, commit {where['commit']}, {where['versions']}")
     done = done_cases(where) if arguments.skip_done else set()
     for op, bench in benches(arguments.ops).items():
         for case in bench.cases(arguments.suite, arguments.device):
             label = " ".join(identity(op, case).values())
+            if not all(part in label for part in arguments.cases):
+                continue
             if tuple(identity(op, case).values()) in done:
                 continue
             if time.perf_counter() - begin > 60 * arguments.minutes:
@@ -117,10 +149,12 @@ def measure(arguments: argparse.Namespace) -> int:
                 traceback.print_exc()
                 continue
             print_rows(rows)
-            count += len(rows)
+            measured += rows
             if not arguments.dry_run:
                 append(rows)
-    print(f"\n{count} rows in {(time.perf_counter() - begin) / 60:.1f} minutes", end="")
+    in_dry_run = [{name: str(value) for name, value in asdict(row).items()} for row in measured]
+    print_summaries(in_dry_run if arguments.dry_run else rows_here(where), arguments)
+    print(f"\n{len(measured)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes", end="")
     print("" if arguments.dry_run else f", appended to {os.path.relpath(RESULTS)}")
     for name in left_out:
         print(f"left out after {arguments.minutes:g} minutes (--skip-done goes on there): {name}")
@@ -135,7 +169,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ops", nargs="*", default=[], help="names of ops and workloads; all by default")
     parser.add_argument("--peers", nargs="*", help="beginnings of peers' names, or none; all by default")
+    parser.add_argument("--cases", nargs="*", default=[], help="only cases whose line has all of these words")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each case (default: 3)")
+    parser.add_argument("--rounds", type=int, help="exactly so many rounds, memory read in the last one")
     parser.add_argument("--minutes", type=float, help="no case is begun after these (default: 5 quick, 20 full, 4 gpu)")
     parser.add_argument("--skip-done", action="store_true", help="leave out cases with rows of this commit and device")
     parser.add_argument("--base", metavar="REV", help="time this checkout's fastpo against that of another commit")

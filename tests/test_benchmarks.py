@@ -86,6 +86,33 @@ def test_calls_are_timed_in_turn_on_fresh_inputs():
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
 
 
+def test_so_many_rounds_are_timed_and_memory_is_read_in_the_last():
+    calls = []
+    runs = {"a": lambda x: calls.append(("a", x[0])), "b": lambda x: calls.append(("b", x[0]))}
+    times, peaks = measure.counted(runs, [0], "cpu", 2, lambda x: x.__setitem__(0, x[0] + 1))
+    assert calls == [("a", 1), ("b", 2), ("a", 3), ("b", 4)]
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2} and peaks.keys() == {"a", "b"}
+
+
+def test_the_summary_of_the_fused_loss_finds_the_worst_points():
+    bench = discovery.benches(["linear_preference_loss"])["linear_preference_loss"]
+    shape, small = "tokens=2048 hidden=1024 vocab=128256 masked=0 budget=300", "tokens=2048 hidden=1024 vocab=32000"
+    gradients = 1024 * (2048 + 128256) * 4 / 2**20
+
+    def of(implementation, shape=shape, **values):
+        return row(implementation=implementation, mode="trained head", shape=shape, **values)
+
+    def found(peak):
+        rows = [of("fastpo", peak_mib=str(gradients + peak), floor_share="0.93"), of("trl", speedup="3.1")]
+        rows += [of("torch eager", peak_mib=str(gradients + 3000), speedup="2.4")]
+        return bench.summary([*rows, of("fastpo", small + " masked=0 budget=192", peak_mib="0", floor_share="0.91")])
+
+    lines = "\n".join(found(240))
+    assert "2 points" in lines and "at least 91%" in lines and "at least 2.40x" in lines and "torch eager" in lines
+    assert "at most 8.0% of eager's" in lines and "within the stated budget" in lines
+    assert "BEYOND the budget: 301 MiB" in "\n".join(found(301))
+
+
 def test_rows_are_read_back_as_written(tmp_path):
     values = {name: "x" for name in measure.Row.__dataclass_fields__}
     measure.append([measure.Row(**values | {"peak_mib": None})], tmp_path / "rows.csv")

@@ -192,7 +192,7 @@ def test_training_twice_gives_the_same_bits(tmp_path):
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    """DDP, FSDP2, and FSDP2 from a checkpoint: the weights of one process. Responses scored in shares: its log-probs."""
+    """DDP, FSDP2 and FSDP2 resumed: the weights of one process. Responses scored in shares: its log-probs."""
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {
