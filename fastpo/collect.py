@@ -49,6 +49,8 @@ class Collector:
             "majority_accuracy": stages.majority_accuracy(samples, rewards),
         }
         records = stages.pair_records(rows, samples, self.codec)
+        if self.config.objective == "kto_batch":
+            records = stages.with_mismatches(records)
         found |= stages.score_summary(rewards, self.config)
         lengths = [r.longest for r in records]
         return self.codec.fitting(records, lengths, lambda r: f"pair {r.chosen_key}"), {**counts.to_dict(), **found}

@@ -193,6 +193,10 @@ class ObjectiveKeys:
     objective_settings: list[str] = field(
         default_factory=list, metadata={"help": "further settings of the preset, like gamma=0.5"}
     )
+    contrast_prompts: list[str] = field(
+        default_factory=lambda: ["Answer correctly.\n{prompt}", "Answer wrongly.\n{prompt}"],
+        metadata={"help": "t_reg: a token is worth what its log-prob under the first gains over the second"},
+    )
     reference_mix: float = _key(0.0, "share of M_0 in the reference log-probs, the rest being the iteration's start")
 
 
@@ -309,6 +313,10 @@ _CHECKS = [
     (lambda c: c.judge_samples >= 1, "judge_samples is {judge_samples}; it should be at least 1"),
     (lambda c: c.length_rho >= 0, "length_rho is {length_rho}; it should be 0 or more"),
     (lambda c: 0 <= c.reference_mix <= 1, "reference_mix is {reference_mix}; it should be a share in [0, 1]"),
+    (
+        lambda c: len(c.contrast_prompts) == 2 and all("{prompt}" in text for text in c.contrast_prompts),
+        "contrast_prompts is {contrast_prompts}; it should be two texts that hold {{prompt}}",
+    ),
     (
         lambda c: all("=" in setting for setting in c.objective_settings),
         "objective_settings is {objective_settings}; it should be a list of name=number",

@@ -21,9 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastpo import stages
 from fastpo.artifacts import read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
 from fastpo.checks import check, iterations_of, read_inputs
@@ -40,6 +37,7 @@ from fastpo.data import (
 )
 from fastpo.models import PromptResponse, onednn_matmul
 from fastpo.pairs import PairRecord
+from fastpo.references import TOKEN_COLUMNS, Reference, reference_tensors, responses_of, split_by_key
 from fastpo.results import result_row
 from fastpo.rewards import load_reward
 from fastpo.run import Run, context_of
@@ -159,41 +157,25 @@ class Loop:
             return self.given_pairs, {"pairs": len(self.given_pairs)}
         return self.collector.pairs(iteration)
 
-    def reference(self, iteration: int, pairs: Sequence[PairRecord]) -> dict[str, Tensor] | None:
-        """Log-probs under M_(k-1) of each distinct response of the pairs; None for an objective without reference."""
+    def reference(self, iteration: int, pairs: Sequence[PairRecord]) -> Reference | None:
+        """What training needs of M_(k-1), of each distinct response of the pairs; None without reference."""
         if self.objective.ref_coef == 0:
             return None
         path = self.folder(iteration) / "reference.safetensors"
-        responses = stages.responses_of(pairs)
+        responses = responses_of(pairs)
         if not self.run.has(path):
             name = f"iteration {iteration}: reference"
             with self.run.timed(f"iteration_{iteration}/reference"), self.display.progress(name, len(responses)) as bar:
-                packed = self._reference_logps(iteration, responses, bar.advance)
+                of = self.objective, self.run.model, iteration, self.codec, self.run.accelerator
+                found = reference_tensors(pairs, *of, bar.advance)
                 with self.run.on_main() as main:
                     if main:
-                        write_tensors(path, packed)
-        return stages.split_by_key(responses, read_tensors(path))
+                        write_tensors(path, found)
+        packed = read_tensors(path)
+        columns = {name: split_by_key(responses, packed, name) for name in TOKEN_COLUMNS if name in packed}
+        return Reference(split_by_key(responses, packed), columns)
 
-    def _reference_logps(
-        self, iteration: int, responses: dict[str, PromptResponse], progress: stages.Progress
-    ) -> dict[str, Tensor]:
-        """Under M_(k-1); with reference_mix the weighted mean of its log-probs and those of M_0, token by token."""
-        shares = {iteration - 1: 1 - self.config.reference_mix}
-        shares[0] = shares.get(0, 0.0) + self.config.reference_mix
-        settings = self.config, self.run.accelerator
-        packed = [
-            (share, stages.packed_logps(self.run.model(j), responses, *settings, progress))
-            for j, share in shares.items()
-            if share
-        ]
-        if len(packed) == 1:
-            return packed[0][1]
-        mixed = torch.stack([share * found["logps"] for share, found in packed]).sum(0)  # [T]
-        return {**packed[0][1], "logps": mixed}
-
-    def train_on(
-        self, iteration: int, pairs: list[PairRecord], reference: dict[str, Tensor] | None, counts: Row
-    ) -> None:
+    def train_on(self, iteration: int, pairs: list[PairRecord], reference: Reference | None, counts: Row) -> None:
         folder = self.folder(iteration)
         if self.run.has(folder / "model"):
             self._drop_checkpoints(folder)
@@ -215,8 +197,9 @@ class Loop:
                 history = train_preference(
                     model,
                     pairs,
-                    reference,
+                    None if reference is None else reference.logps,
                     objective=self.objective,
+                    token_columns=None if reference is None else reference.columns,
                     config=settings,
                     output_dir=folder,
                     accelerator=self.run.accelerator,
@@ -229,9 +212,7 @@ class Loop:
             self.run.save_model(folder / "model", model, self.codec.tokenizer)
             self._drop_checkpoints(folder)
 
-    def evaluate(
-        self, iteration: int, pairs: Sequence[PairRecord] = (), reference: dict[str, Tensor] | None = None
-    ) -> None:
+    def evaluate(self, iteration: int, pairs: Sequence[PairRecord] = (), reference: Reference | None = None) -> None:
         """evaluation.json: greedy answers to held-out problems, held-out pairs, some training pairs scored again."""
         path = self.folder(iteration) / "evaluation.json"
         if self.run.has(path):
@@ -275,19 +256,19 @@ class Loop:
     def _held_out_pairs(self, iteration: int) -> Row:
         if not self.heldout_pairs:
             return {}
-        responses = stages.responses_of(self.heldout_pairs)
+        responses = responses_of(self.heldout_pairs)
         packed = stages.packed_logps(self.run.model(iteration), responses, self.config, self.run.accelerator)
-        summary = stages.pair_summary(self.heldout_pairs, stages.split_by_key(responses, packed))
+        summary = stages.pair_summary(self.heldout_pairs, split_by_key(responses, packed))
         return {f"heldout_{name}": value for name, value in summary.items()}
 
-    def _training_pairs(self, iteration: int, pairs: Sequence[PairRecord], reference: dict[str, Tensor] | None) -> Row:
+    def _training_pairs(self, iteration: int, pairs: Sequence[PairRecord], reference: Reference | None) -> Row:
         """The same pairs before (reference) and after training: does the chosen log-prob hold?"""
         some = [pairs[i * len(pairs) // n] for n in [min(len(pairs), self.config.eval_pairs)] for i in range(n)]
-        responses = stages.responses_of(some)
+        responses = responses_of(some)
         packed = stages.packed_logps(self.run.model(iteration), responses, self.config, self.run.accelerator)
-        found = stages.pair_summary(some, stages.split_by_key(responses, packed))
+        found = stages.pair_summary(some, split_by_key(responses, packed))
         if reference is not None:
-            found |= {f"{name}_before": value for name, value in stages.pair_summary(some, reference).items()}
+            found |= {f"{name}_before": value for name, value in stages.pair_summary(some, reference.logps).items()}
         return {f"pairs_{name}": value for name, value in found.items()}
 
     # ---- small things the stages share

@@ -6,7 +6,7 @@ response. Rules know nothing of files or settings; pairs.py applies them to all 
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -208,13 +208,22 @@ def with_third(pair: tuple[int, int], keep: Sequence[int]) -> Choice:
     return Choice((*pair, candidates[0]))
 
 
-def edited_pairs(
-    winners: Sequence[int], texts: Sequence[str], edit: Callable[[str, int], str | None], *, limit: int
-) -> list[Choice]:
-    """Each winner against itself with an error put in; ``edit(text, n)`` makes the n-th one or None. RISE."""
-    edits = ((i, edit(texts[i], n)) for n in range(limit) for i in winners)
-    choices = [Choice((i, text)) for i, text in edits if text is not None]
-    return list(dict.fromkeys(choices))[:limit]
+def with_edits(pairs: Sequence[tuple[Member, ...]], texts: Sequence[str], gold: str | None = None) -> list[Choice]:
+    """Each (winner, loser) and the winner against itself with an error put in: (w, l, w, edited w). RISE.
+
+    ``(None, None, w)`` gives the second half alone. A winner without a number has no edit and keeps its pair. The part
+    before the error is the same on both sides and cancels; RISE cuts its step pairs off behind the error.
+    """
+    choices = []
+    for n, pair in enumerate(pairs):
+        winner = pair[-1] if pair[0] is None else pair[0]
+        text = gold if winner == GOLD else texts[winner] if isinstance(winner, int) else None
+        edited = None if text is None else edit_number(text, n)
+        if edited is not None:
+            choices.append(Choice((*pair[:2], winner, edited)))
+        elif pair[0] is not None:
+            choices.append(Choice((*pair[:2], None, None)))
+    return choices
 
 
 def edit_number(text: str, seed: int) -> str | None:

@@ -33,7 +33,7 @@ class PairRecord:
     weight: float = 1.0  # omega of METHODS.md P2, on the preference and the NLL term
     chosen_key: str = ""
     rejected_key: str = ""
-    others: tuple[tuple[str, list[int]], ...] = ()  # further members: key, tokens
+    others: tuple[tuple[str, list[int], list[int]], ...] = ()  # further members: key, their prompt, tokens
     soft_label: float | None = None  # probability that chosen is better
     margin: float | None = None  # what is taken from z
     targets: tuple[float, ...] | None = None  # [J] of the squared links
@@ -41,19 +41,20 @@ class PairRecord:
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def members(self) -> tuple[tuple[str, list[int]], ...]:
-        """(key, tokens) of chosen, rejected and the others."""
-        return (self.chosen_key, self.chosen_ids), (self.rejected_key, self.rejected_ids), *self.others
+    def members(self) -> tuple[tuple[str, list[int], list[int]], ...]:
+        """(key, prompt, tokens) of chosen, rejected and the others."""
+        chosen = self.chosen_key, self.prompt_ids, self.chosen_ids
+        return chosen, (self.rejected_key, self.prompt_ids, self.rejected_ids), *self.others
 
     @property
-    def present(self) -> list[tuple[str, list[int]]]:
+    def present(self) -> list[tuple[str, list[int], list[int]]]:
         """The members that there are."""
-        return [(key, ids) for key, ids in self.members if ids]
+        return [member for member in self.members if member[2]]
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt and the longest member."""
-        return len(self.prompt_ids) + max(len(ids) for _, ids in self.members)
+        """Tokens of the longest member with its prompt."""
+        return max(len(prompt) + len(ids) for _, prompt, ids in self.members)
 
 
 @dataclass
@@ -227,12 +228,11 @@ def _third(prompt: Scored) -> list[Choice]:
 
 
 def _edits(prompt: Scored) -> list[Choice]:
-    """Half of the pairs from edits of the winners, the rest from losers."""
-    config, texts = prompt.config, prompt.texts
-    winners, _ = pair_rules.sides(prompt.scores, prompt.keep, config.win_threshold)
-    number = max(1, config.pairs_per_prompt // 2)
-    edits = pair_rules.edited_pairs(winners, texts, pair_rules.edit_number, limit=number)
-    return edits + _irpo(prompt)[: config.pairs_per_prompt - len(edits)]
+    """Winner, loser, winner, edited winner; where there are no losers the last two alone."""
+    pairs: list[tuple[Member, ...]] = [choice.members for choice in _irpo(prompt)]
+    winners, _ = pair_rules.sides(prompt.scores, prompt.keep, prompt.config.win_threshold)
+    pairs = pairs or [(None, None, i) for i in winners[: prompt.config.pairs_per_prompt]]
+    return pair_rules.with_edits(pairs, prompt.texts, prompt.sample["row"].get("answer"))
 
 
 def _judgements(prompt: Scored) -> list[Choice]:
@@ -259,10 +259,10 @@ RULES = {
     "win_rate": Rule(_win_rate, ("soft_label", "margin", "targets")),
     "consistency": Rule(_consistency, ("soft_label",)),
     "spin": Rule(_spin),
-    "unpaired": Rule(_unpaired, single=True),
+    "unpaired": Rule(_unpaired, members=3, single=True),  # the third: a response to another prompt
     "list": Rule(_list, ("gains",), members=0),
     "third": Rule(_third, members=3),
-    "edits": Rule(_edits),
+    "edits": Rule(_edits, members=4),
     "judgements": Rule(_judgements),
 }
 

@@ -6,6 +6,7 @@ The loop gives them their inputs and writes what they return; the single command
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fastpo.errors import FastpoError
 from fastpo.models import PromptResponse, ResponseScorer, collate, response_logps, split_by_tokens
 from fastpo.objectives import Objective
 from fastpo.pairs import COLUMNS, GOLD, RULES, PairRecord, response_key
+from fastpo.references import TOKEN_COLUMNS
 from fastpo.rewards import Scorer, final_answer, gold_answer, same_answer, vote_key
 from fastpo.sampling import generate
 
@@ -27,7 +29,7 @@ Row = dict[str, Any]
 Progress = Callable[[int], None]
 # What the loop can give an objective beyond log-probs, by the pair rule's column that it is made from.
 SUPPLIED = {"weight": "pairs.weights", "soft_label": "pairs.soft_labels", "margin": "pairs.margins"}
-SUPPLIED |= {"targets": "pairs.targets"}
+SUPPLIED |= {"targets": "pairs.targets", "gains": "pairs.relevance"}
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -48,7 +50,8 @@ def build_objective(config: Config) -> Objective:
         raise FastpoError(str(error)) from error
     rule = RULES[config.pair_rule]
     columns = ("weight",) if config.preferences else ("weight", *rule.columns)
-    missing = sorted(set(objective.requires) - {SUPPLIED[c] for c in columns if c in SUPPLIED})
+    supplied = {SUPPLIED[c] for c in columns} | {f"segments.{name}" for name in TOKEN_COLUMNS}
+    missing = sorted(set(objective.requires) - supplied)
     if missing:
         source = "preferences files" if config.preferences else f"pair_rule {config.pair_rule}"
         raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which {source} do not give")
@@ -59,7 +62,8 @@ def build_objective(config: Config) -> Objective:
         )
     if rule.single and any(sum(c != 0 for c in term.coefs) != 1 for term in objective.terms):
         raise FastpoError(
-            f"objective {config.objective} compares responses, pair_rule {config.pair_rule} makes single ones; take kto"
+            f"objective {config.objective} compares responses, pair_rule {config.pair_rule} makes single ones; "
+            "kto_batch takes those"
         )
     return objective
 
@@ -133,6 +137,20 @@ def pair_records(pairs: Sequence[Row], samples: Sequence[Row], codec: Codec) -> 
     return [_record(pair, by_id[pair["prompt"]], codec) for pair in pairs]
 
 
+def with_mismatches(records: Sequence[PairRecord]) -> list[PairRecord]:
+    """Each record with a third member: its prompt and the first response of the next record to another one. KTO."""
+    result = []
+    for i, record in enumerate(records):
+        order = (*records[i + 1 :], *records[:i])
+        other = next((r for r in order if r.prompt_ids != record.prompt_ids), None)
+        third: tuple[str, list[int], list[int]] = ("", [], [])
+        if other is not None:
+            key, _, ids = other.present[0]
+            third = (f"{record.present[0][0].rpartition('/')[0]}<{key}", record.prompt_ids, ids)
+        result.append(replace(record, others=(third,)))
+    return result
+
+
 def _record(pair: Row, sample_row: Row, codec: Codec) -> PairRecord:
     texts = pair.get("texts", {})
 
@@ -146,14 +164,16 @@ def _record(pair: Row, sample_row: Row, codec: Codec) -> PairRecord:
         return sample_row["responses"][int(key.rpartition("/")[2])]["ids"]
 
     prompt = pair.get("prompt_text")
+    prompt_ids = sample_row["prompt_ids"] if prompt is None else codec.prompt_ids(prompt)
     return PairRecord(
-        prompt_ids=sample_row["prompt_ids"] if prompt is None else codec.prompt_ids(prompt),
+        prompt_ids=prompt_ids,
         chosen_ids=ids(pair["chosen"]),
         rejected_ids=ids(pair["rejected"]),
         weight=pair["weight"],
         chosen_key=pair["chosen"] or "",
         rejected_key=pair["rejected"] or "",
-        others=tuple((key or "", ids(key)) for key in pair.get("others", ())),
+        others=tuple((key or "", prompt_ids, ids(key)) for key in pair.get("others", ())),
+        meta={"prompt": sample_row["prompt"] if prompt is None else prompt},
         **{name: _as_tuple(pair[name]) for name in COLUMNS if name in pair},
     )
 
@@ -178,20 +198,11 @@ def preference_records(preferences: Sequence[Preference], codec: Codec) -> list[
                 weight=preference.weight,
                 chosen_key=keys.setdefault((prompt, tuple(chosen)), f"{preference.id}/chosen"),
                 rejected_key=keys.setdefault((prompt, tuple(rejected)), f"{preference.id}/rejected"),
-                meta={"id": preference.id},
+                meta={"id": preference.id, "prompt": preference.prompt},
             )
         )
     lengths = [len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)) for r in records]
     return codec.fitting(records, lengths, lambda record: f"preference {record.meta['id']}")
-
-
-def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:
-    """Each distinct response of the pairs once, by key, in order of first appearance."""
-    found: dict[str, PromptResponse] = {}
-    for pair in pairs:
-        for key, ids in pair.present:
-            found.setdefault(key, (pair.prompt_ids, ids))
-    return found
 
 
 def packed_logps(
@@ -210,12 +221,6 @@ def packed_logps(
         progress=progress,
     )
     return {"logps": logps, "cu_seqlens": cu_seqlens}
-
-
-def split_by_key(responses: Mapping[str, PromptResponse], packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Key -> log-probs [n] of that response, views of the packed ones."""
-    offsets = packed["cu_seqlens"].tolist()
-    return {key: packed["logps"][offsets[i] : offsets[i + 1]] for i, key in enumerate(responses)}
 
 
 def pair_summary(pairs: Sequence[PairRecord], logps: Mapping[str, Tensor]) -> dict[str, float]:

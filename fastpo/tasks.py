@@ -1,8 +1,8 @@
 """What the training stages minimise: the loss of some items of a batch, supervised or preference, and its records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from fastpo.types import Pairs, Segments
 
 Record = dict[str, float]  # what one step measured
 _STATS = ("entropy", "topk_mass", "topk_entropy")
-_COLUMNS = {"soft_labels": "soft_label", "margins": "margin", "targets": "targets"}  # of Pairs: of PairRecord
+# Columns of Pairs: where they are in a PairRecord.
+_COLUMNS = {"soft_labels": "soft_label", "margins": "margin", "targets": "targets", "relevance": "gains"}
 
 
 class Task(Protocol):
@@ -66,10 +67,17 @@ class SupervisedTask:
 class PreferenceTask:
     """An objective of ``fastpo.objectives`` over pairs. Equal keys stand for one response to one prompt."""
 
-    def __init__(self, pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor] | None, objective: Objective):
+    def __init__(
+        self,
+        pairs: Sequence[PairRecord],
+        ref_logps: Mapping[str, Tensor] | None,
+        objective: Objective,
+        token_columns: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ):
         self.pairs = pairs
         self.ref_logps = ref_logps
         self.objective = objective
+        self.token_columns = token_columns or {}
         self.lengths = [len(p.present) * (p.longest - 1) for p in pairs]
         _check_reference(pairs, ref_logps, objective)
 
@@ -82,17 +90,16 @@ class PreferenceTask:
         pairs = [self.pairs[i] for i in items]
         responses: dict[str, PromptResponse] = {}  # each distinct one goes through the model once
         for pair in pairs:
-            responses |= {key: (pair.prompt_ids, ids) for key, ids in pair.present}
+            responses |= {key: (prompt, ids) for key, prompt, ids in pair.present}
         packed = collate(list(responses.values())).to(device)
         table = self._table(pairs, list(responses)).to(device)
-        ref_logps = None
-        if self.ref_logps is not None:
-            ref_logps = torch.cat([self.ref_logps[key] for key in responses]).to(device)  # [R]
+        ref_logps = None if self.ref_logps is None else _packed(self.ref_logps, responses, device)
+        columns = {name: _packed(values, responses, device) for name, values in self.token_columns.items()}
 
         index = table.index[:, :2]  # [P, 2]
         here = index >= 0
         lengths = packed.cu_seqlens.diff()[index]  # [P, 2]
-        segments, objective = Segments(packed.cu_seqlens), self._summed(batch)
+        segments, objective = Segments(packed.cu_seqlens, **columns), self._summed(batch)
 
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
             given = (hidden, packed.labels, ref_logps, segments, table, objective)
@@ -101,12 +108,15 @@ class PreferenceTask:
             mean = total / lengths  # [P, 2]
             both = here.all(1)
             right = [both & (values[:, 0] > values[:, 1]) for values in (total, mean)]
+            rewards, nll = out.rewards[:, :2], out.nll[:, 0]
+            if objective.couple is not None or objective.list_loss is not None:  # whose tuples may be others
+                rewards, nll = objective.beta * torch.where(here, out.scores[index], 0.0), -mean[:, 0]
             sums = [
-                *(values.sum() for values in (out.losses, out.margins > 0, *right)),
+                *(values.sum() for values in (out.losses, rewards[:, 0] > rewards[:, 1], *right)),
                 torch.tensor(len(pairs), device=device),
                 both.sum(),
-                out.nll[:, 0].sum(),
-                *out.rewards[:, :2].sum(0),
+                nll.sum(),
+                *rewards.sum(0),
                 *total.sum(0),
                 *mean.sum(0),
                 *here.sum(0),
@@ -120,12 +130,12 @@ class PreferenceTask:
         """The tuples over the sequences named by ``keys``, with the columns that the objective asks for."""
         ids = {key: i for i, key in enumerate(keys)} | {"": -1}
         width = max(self.objective.num_members, *(len(p.members) for p in pairs))
-        index = [[ids[key] for key, _ in p.members] + [-1] * (width - len(p.members)) for p in pairs]
+        index = [[ids[key] for key, *_ in p.members] + [-1] * (width - len(p.members)) for p in pairs]
         columns = {name: at for name, at in _COLUMNS.items() if f"pairs.{name}" in self.objective.requires}
         return Pairs(
             torch.tensor(index),  # [P, K]
             weights=torch.tensor([p.weight for p in pairs]),  # [P]
-            **{name: torch.tensor([getattr(p, at) for p in pairs]) for name, at in columns.items()},
+            **{name: _column([getattr(p, at) for p in pairs], width) for name, at in columns.items()},
         )
 
     def record(self, sums: list[float]) -> Record:
@@ -160,12 +170,24 @@ def _check_reference(pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor
     if not objective.needs_reference:
         raise FastpoError(f"ref_logps is given; objective {objective.name} has no reference: it should be None")
     for i, pair in enumerate(pairs):
-        for key, response in pair.present:
+        for key, _, response in pair.present:
             if key not in ref_logps:
                 raise FastpoError(f"ref_logps has no {key!r}, a response of pairs[{i}]")
             if ref_logps[key].shape != (len(response),):
                 shape = tuple(ref_logps[key].shape)
                 raise FastpoError(f"ref_logps[{key!r}] has shape {shape}; it should be ({len(response)},)")
+
+
+def _packed(values: Mapping[str, Tensor], keys: Iterable[str], device: torch.device) -> Tensor:
+    """[R] values by token of the responses named by ``keys``, one behind the other."""
+    return torch.cat([values[key] for key in keys]).to(device)
+
+
+def _column(values: Sequence[Any], width: int) -> Tensor:
+    """[P] of numbers, [P, ...] of tuples; lists that are shorter than others are filled up with zeros."""
+    if isinstance(values[0], tuple) and len({len(v) for v in values}) > 1:
+        values = [(*v, *(0.0,) * (width - len(v))) for v in values]
+    return torch.tensor(values)
 
 
 def _ratio(total: float, number: float) -> float:

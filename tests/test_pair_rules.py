@@ -91,10 +91,13 @@ def test_edit_number_changes_one_number(seed, text):
     assert edited == rules.edit_number(text, seed), "a function of text and seed"
 
 
-def test_edited_pairs():
-    found = rules.edited_pairs([0, 2], ["1+1=2", "", "no number"], rules.edit_number, limit=3)
-    assert found and len(found) == len(set(found)) <= 3
-    assert all(c.members[0] == 0 and isinstance(c.members[1], str) and c.members[1] != "1+1=2" for c in found)
+def test_with_edits():
+    texts = ["1+1=2", "1+1=3", "no number"]
+    first, second, third, gold = rules.with_edits([(0, 1), (2, 1), (None, None, 0), (GOLD, 1)], texts, "#### 2")
+    assert first.members == (0, 1, 0, rules.edit_number(texts[0], 0)) and first.members[3] != texts[0]
+    assert second.members == (2, 1, None, None), "no number to change: the pair alone"
+    assert third.members[:3] == (None, None, 0) and isinstance(third.members[3], str)
+    assert gold.members[2] == GOLD and gold.members[3].startswith("#### ")
 
 
 def test_judgement_pair_and_most_varied():

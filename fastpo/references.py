@@ -1,0 +1,128 @@
+"""The reference stage: what of an iteration's start model the training needs, once for each distinct response.
+
+``logps`` always; the token columns of ``Segments`` where the objective asks for them: token rewards of T-REG from the
+same model under opposite prompts, the masks of SparsePO from its uncertainty.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastpo.config import Config
+from fastpo.data import Codec, Text
+from fastpo.models import PromptResponse, ResponseScorer, collate, response_logps, split_by_tokens
+from fastpo.objectives import Objective, contrast_token_rewards, mixed_reference
+from fastpo.pairs import PairRecord
+
+Progress = Callable[[int], None]
+TOKEN_COLUMNS = ("token_coefs", "weights")  # of Segments, those that `reference_tensors` can fill
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of the responses of an iteration's pairs, by key."""
+
+    logps: Mapping[str, Tensor]  # key -> [n]
+    columns: Mapping[str, Mapping[str, Tensor]]  # field of Segments -> key -> [n]
+
+
+def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:
+    """Each distinct response of the pairs once, by key, in order of first appearance."""
+    found: dict[str, PromptResponse] = {}
+    for pair in pairs:
+        for key, prompt, ids in pair.present:
+            found.setdefault(key, (prompt, ids))
+    return found
+
+
+def reference_tensors(
+    pairs: Sequence[PairRecord],
+    objective: Objective,
+    load: Callable[[int], PreTrainedModel],
+    iteration: int,
+    codec: Codec,
+    accelerator: Accelerator,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """``logps`` [T] fp32 and ``cu_seqlens`` [S+1] int64 of the pairs' responses, and the token columns [T] asked for.
+
+    Args:
+        load: j -> M_j. The reference is M_(k-1); with reference_mix the weighted mean of its log-probs and M_0's.
+
+    Cost: a forward over each response; two more for T-REG, one more for a mixed reference and for SparsePO.
+    """
+    config = codec.config
+    responses = list(responses_of(pairs).values())
+    score = functools.partial(_logps, config=config, accelerator=accelerator, progress=progress)
+    model = load(iteration - 1)
+    logps, cu_seqlens = score(model, responses)
+    found = {"logps": logps, "cu_seqlens": cu_seqlens}
+    if "segments.token_coefs" in objective.requires:
+        better, worse = (score(model, _contrasted(pairs, text, codec))[0] for text in config.contrast_prompts)
+        found["token_coefs"] = contrast_token_rewards(better, worse)
+    if "segments.weights" in objective.requires:
+        found["weights"] = uncertainty_masks(model, responses, config.micro_batch_tokens, accelerator)
+    if config.reference_mix and iteration > 1:
+        start, _ = score(load(0), responses)
+        found["logps"] = mixed_reference(start, logps, config.reference_mix)
+    return found
+
+
+def _logps(
+    model: PreTrainedModel,
+    responses: Sequence[PromptResponse],
+    config: Config,
+    accelerator: Accelerator,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    budget = config.micro_batch_tokens
+    return response_logps(model, responses, micro_batch_tokens=budget, accelerator=accelerator, progress=progress)
+
+
+def _contrasted(pairs: Sequence[PairRecord], text: str, codec: Codec) -> list[PromptResponse]:
+    """The responses behind another prompt: ``text`` with the pair's own in it."""
+    found: dict[str, PromptResponse] = {}
+    for pair in pairs:
+        prompt = codec.prompt_ids(_inside(text, pair.meta["prompt"]))
+        for key, _, ids in pair.present:
+            found.setdefault(key, (prompt, ids))
+    return list(found.values())
+
+
+def _inside(text: str, prompt: Text) -> Text:
+    if isinstance(prompt, str):
+        return text.replace("{prompt}", prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": text.replace("{prompt}", prompt[-1]["content"])}]
+
+
+@torch.no_grad()
+def uncertainty_masks(
+    model: PreTrainedModel, responses: Sequence[PromptResponse], budget: int, accelerator: Accelerator
+) -> Tensor:
+    """[T] fp32 weights in [0, 1]: the entropy of the reference at each token, over the largest one of its response.
+
+    What is certain is left out of the log-ratio: a sparse mask. SparsePO (Christopoulou et al. 2024) derives its masks
+    from the reference's activations (MAPO) or trains them; those are the caller's, this one needs neither.
+    """
+    scorer, device = ResponseScorer(model), next(model.parameters()).device
+    masks: dict[int, Tensor] = {}
+    for group in split_by_tokens([len(p) + len(r) - 1 for p, r in responses], budget):
+        batch = collate([responses[i] for i in group]).to(device)
+        with accelerator.autocast():
+            _, stats = scorer(batch, functools.partial(batch.logps, stats=("entropy",)))
+        parts = stats["entropy"].float().cpu().split(batch.cu_seqlens.diff().tolist())
+        masks |= {i: part / part.max().clamp(min=1e-6) for i, part in zip(group, parts, strict=True)}
+    return torch.cat([masks[i] for i in range(len(responses))])
+
+
+def split_by_key(
+    responses: Mapping[str, PromptResponse], packed: Mapping[str, Tensor], name: str = "logps"
+) -> dict[str, Tensor]:
+    """Key -> values [n] of that response, views of the packed ones."""
+    offsets = packed["cu_seqlens"].tolist()
+    return {key: packed[name][offsets[i] : offsets[i + 1]] for i, key in enumerate(responses)}
