@@ -118,7 +118,7 @@ class Objective:
         one_of("reduction", self.reduction, ("mean", "sum"))
         if self.score_map == "power" and self.score_map_coef == 0:
             raise ValueError(f"objective {self.name}: score_map_coef is 0; the power map needs another (0 is identity)")
-        members = max((len(c) for c in (self.nll, *(t.coefs for t in self.terms))), default=0)
+        members = max(len(c) for c in (self.nll, *(t.coefs for t in self.terms)))
         if members == 0 and self.list_loss is None:
             raise ValueError(f"objective {self.name}: terms and nll are empty; it needs at least one of them")
         if members and self.list_loss is not None:

@@ -37,6 +37,7 @@ def _check_coupled(
         raise ValueError(f"segments is None; objective {objective.name} computes columns of it")
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs is {_of(pairs)}; it should be a Pairs")
+    _check_required(segments, pairs, objective)
     listed = objective.list_loss is not None or pairs.relevance is not None
     like = logps if logps is not None else scores
     assert like is not None
@@ -56,7 +57,6 @@ def _check_coupled(
         _check_column("weights", pairs.weights, pairs.index.shape[:1], like)
     if pairs.margins is not None:
         _check_column("margins", pairs.margins, pairs.index.shape[:1], like)
-    _check_required(segments, pairs, objective)
 
 
 def _made(objective: Objective) -> tuple[str, ...]:
