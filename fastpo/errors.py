@@ -17,8 +17,15 @@ class RunError(FastpoError):
 
 
 def suggestion(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """``"; did you mean beta?"`` where one of ``known`` is close to ``name``, else an empty string."""
-    from difflib import get_close_matches
+    """``"; did you mean beta?"`` where one of ``known`` is close to ``name``, else an empty string.
 
-    near = get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    Of equally close ones that with the same letters: most slips of the hand swap two.
+    """
+    from difflib import SequenceMatcher, get_close_matches
+
+    name = name.replace("-", "_")
+    near = get_close_matches(name, known, n=5)
+    if not near:
+        return ""
+    best = max(near, key=lambda k: (SequenceMatcher(None, k, name).ratio(), sorted(k) == sorted(name)))
+    return f"; did you mean {best}?"
