@@ -10,6 +10,7 @@ import torch
 
 import fastpo
 import fastpo.kernels
+from fastpo import objectives
 from fastpo.columns import aligned
 from fastpo.dispatch import Backend, Op
 from fastpo.kernels.linear_token_logprobs import plan
@@ -83,6 +84,16 @@ def head_rows() -> list[tuple[str, str, str, str]]:
     return [(each.mode, f"{each.gemms:.2f}F", f"{each.bytes / 2**20:.0f}", each.reason) for each in plans]
 
 
+def objective_rows() -> list[tuple[str, str]]:
+    """(path, presets) of fastpo.objectives: which read the log-probs once, and which once more to couple a batch."""
+    names = {path: [n for n, f in objectives.PRESETS.items() if f().path == path] for path in objectives.PATHS}
+    return [
+        (path if at == 0 else "", ", ".join(own[at : at + 8]))
+        for path, own in names.items()
+        for at in range(0, len(own), 8)
+    ]
+
+
 def main(_arguments: list[str] | None = None) -> int:
     print(f"fastpo {fastpo.__version__}  |  {machine()}")
     print("  ".join(f"{p} {installed(p)}" for p in PACKAGES))
@@ -93,7 +104,9 @@ def main(_arguments: list[str] | None = None) -> int:
     print(f"\nbackends, in order of preference\n{aligned([('op', 'backend', 'state'), *rows])}")
     tokens, vocab, hidden = HEAD
     print(f"\nwhat a fused head costs: {tokens} tokens, {vocab} x {hidden} weight (F: one GEMM of all of it)")
-    print(aligned([("mode", "GEMMs", "MiB", "why"), *head_rows()]), end="\n\n")
+    print(aligned([("mode", "GEMMs", "MiB", "why"), *head_rows()]))
+    print("\nobjectives by path: two-phase ones read the log-probs once more, for the scores that couple a batch")
+    print(aligned([("path", "presets"), *objective_rows()]), end="\n\n")
     for hint in hints(rows):
         print(f"- {hint}")
     return 0

@@ -123,6 +123,49 @@ def test_the_pair_is_ranked_right_iff_the_loss_is_small(win, lose, ref_win, ref_
     assert bool(loss <= bound) == (win >= lose)
 
 
+# ---------------------------------------------------------------- derivations, on policies of three responses
+
+WIN_RATES = torch.tensor([[0.5, 0.8, 0.3], [0.2, 0.5, 0.9], [0.7, 0.1, 0.5]], dtype=torch.float64)  # P(row > column)
+REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+
+
+def test_srpo_holds_at_the_optimum():
+    """Both identities of the README, at the closed-form revision and policy of its minimax problem."""
+    beta = 0.4
+    tilted = REFERENCE.log() + WIN_RATES.T / beta  # [y1, y2]; P(y2 > y1)
+    revision = tilted.log_softmax(1) - REFERENCE.log()  # R(y2 | y1)
+    value = beta * tilted.logsumexp(1)
+    policy = (REFERENCE.log() - value / beta).log_softmax(0) - REFERENCE.log()  # R(y)
+    gap = policy[:, None] - policy + revision.T - revision  # R(a) - R(b) + R(a|b) - R(b|a)
+    torch.testing.assert_close(beta * gap, 2 * WIN_RATES - 1)
+    improvement = revision - revision.diagonal()[:, None]  # R(y2|y1) - R(y1|y1)
+    torch.testing.assert_close(beta * improvement, WIN_RATES.T - 0.5)
+
+
+def test_vpo_bonus_is_the_value_of_the_reward():
+    """``J = -beta E_cal R`` for a reward whose mean under the calibration policy is 0."""
+    beta, calibration = 0.4, torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)
+    reward = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    reward = reward - calibration @ reward
+    best = (REFERENCE.log() + reward / beta).log_softmax(0)
+    ratios = best - REFERENCE.log()
+    value = best.exp() @ (reward - beta * ratios)
+    torch.testing.assert_close(value, -beta * (calibration @ ratios))
+
+
+@pytest.mark.parametrize("objective", [objectives.sharpening(0.4), objectives.dno(0.4)], ids=lambda o: o.name)
+def test_reward_differences_are_the_optimum(objective):
+    """``beta R = r + const`` has no gradient: of sharpening with r = log pi_0, of DNO with q = s(r_w - r_l)."""
+    reward = REFERENCE.log() if objective.name == "sharpening" else WIN_RATES.mean(1)
+    best = (REFERENCE.log() + reward / 0.4).log_softmax(0).requires_grad_()
+    pairs = Pairs(torch.tensor([[0, 1], [2, 1], [0, 2]]))
+    gaps = reward[pairs.index[:, 0]] - reward[pairs.index[:, 1]]
+    column = {"targets": gaps[:, None]} if objective.name == "sharpening" else {"soft_labels": gaps.sigmoid()}
+    out = preference_loss(best, REFERENCE.log(), Segments(torch.arange(4)), replace(pairs, **column), objective)
+    (grad,) = torch.autograd.grad(out.loss, best)
+    torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
+
+
 # ---------------------------------------------------------------- columns
 
 
