@@ -16,7 +16,7 @@ _FIRST_SLOTS = 4096
 
 
 class KeyValuePool:
-    """Slots of one token each, in all layers. ``Step.cache`` is (generation, first slot) of the step's tokens.
+    """Slots of one token each, in all layers. ``Step.cache`` is (epoch, first slot) of the step's tokens.
 
     The last token of a step has a slot from the start and is filled when the step is continued: its keys are computed
     with the first forward behind it, whoever asks. ``clear`` forgets everything.
@@ -25,7 +25,8 @@ class KeyValuePool:
     def __init__(self, model: PreTrainedModel, limit: int | None = None):
         self.model = model
         self.limit = limit  # slots at most; None: as many as it takes
-        self.generation = 0
+        self.cleared = 0  # times
+        self._epoch = object()  # between two times; no two pools share one
         self.used = 1  # slot 0 stands for padding: zeros, never seen
         self.keys: list[Tensor] = []  # per layer [P, H, D]
         self.values: list[Tensor] = []
@@ -38,17 +39,18 @@ class KeyValuePool:
         return f"its cache has {', '.join(odd)}" if odd else None
 
     def clear(self) -> None:
-        self.generation += 1
+        self.cleared += 1
+        self._epoch = object()
         self.used = 1
 
     def has(self, step: Step) -> bool:
-        return step.cache is not None and step.cache[0] == self.generation
+        return step.cache is not None and step.cache[0] is self._epoch
 
     def reserve(self, step: Step) -> int:
         """The first of slots for all tokens of ``step``."""
         first = self.used
         self.used += len(step.ids)
-        step.cache = (self.generation, first)
+        step.cache = (self._epoch, first)
         return first
 
     def over(self, tokens: int) -> bool:

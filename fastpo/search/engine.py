@@ -178,8 +178,9 @@ class Search:
         self.counts.duplicates += sum(map(len, proposals)) - len(new)
         new, values = self._fitting(new, values)
         ids = self._add(new, values)
+        self._shut(opened, {expansion for expansion, _ in new})
         self._back_up(expansions, opened, new, ids, values, rollouts)
-        self._settle(expansions, opened, new, ids, values)
+        self._finish(expansions, new, values)
 
     def _proposed(self, nodes: list[Node], widths: list[int]) -> Sequence[Sequence[Step]]:
         if not nodes:
@@ -316,28 +317,23 @@ class Search:
             return sum(children) / len(children)
         return self.values[expansion.tree][expansion.node]
 
-    def _settle(
-        self,
-        expansions: list[Expansion],
-        opened: list[Expansion],
-        new: list[tuple[Expansion, Node]],
-        ids: list[int],
-        values: list[float],
-    ) -> None:
-        """Which nodes may get further children, which trees are done."""
-        grown = {expansion for expansion, _ in new}
-        for expansion in expansions:
-            self.expansions[expansion.tree] += 1
-            self.counts.expansions += 1
+    def _shut(self, opened: list[Expansion], grown: set[Expansion]) -> None:
+        """Which nodes of the wave get no further children: before the backup, which closes what is done."""
         shut = [e for e in opened if not self._stays_open(e, e in grown)]
+        dead = [not self.children[e.tree][e.node] for e in shut]
         tree, node = (torch.tensor([e[i] for e in shut], dtype=torch.int64) for i in (0, 1))
         self.trees.expandable[tree, node] = False
-        dead = torch.tensor([not self.children[e.tree][e.node] for e in shut], dtype=torch.bool)
-        self.trees.closed[tree, node] |= dead
-        self.counts.empty += sum(not self.children[e.tree][e.node] and not self.finished[e.tree] for e in shut)
-        for (_, node_), value in zip(new, values, strict=True):
-            if (node_.terminal or self.method.unit == "answer") and value >= self.method.stop_value:
-                self.finished[node_.prompt] = True
+        self.trees.closed[tree, node] |= torch.tensor(dead, dtype=torch.bool)
+        self.counts.empty += sum(end and not self.finished[e.tree] for e, end in zip(shut, dead, strict=True))
+
+    def _finish(self, expansions: list[Expansion], new: list[tuple[Expansion, Node]], values: list[float]) -> None:
+        """Counts the wave; which trees are done."""
+        for expansion in expansions:
+            self.expansions[expansion.tree] += 1
+        self.counts.expansions += len(expansions)
+        for (_, node), value in zip(new, values, strict=True):
+            if (node.terminal or self.method.unit == "answer") and value >= self.method.stop_value:
+                self.finished[node.prompt] = True
         closed = self.trees.closed[:, ROOT].tolist()
         for b in {e.tree for e in expansions}:
             self.finished[b] |= self.expansions[b] >= self.limit or closed[b]

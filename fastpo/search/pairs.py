@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpo.kernels.tree_search import process_values, sibling_pairs
-from fastpo.objectives import visit_soft_labels
+from fastpo.objectives import Objective, visit_soft_labels
 from fastpo.trees import build_tree
 from fastpo.types import Pairs, TokenTree
 
@@ -117,9 +117,9 @@ def _spans(search: Search, tree: int, chosen: int, rejected: int) -> tuple[list[
     return prompt + a[:shared], a[shared:], b[shared:]
 
 
-def training_tree(pairs: Sequence[SearchPair]) -> tuple[TokenTree, Pairs]:
-    """Every distinct token of the pairs once, as a forest that ``fastpo.trees.pack`` takes; the pairs over its
-    sequences.
+def training_tree(pairs: Sequence[SearchPair], objective: Objective) -> tuple[TokenTree, Pairs]:
+    """Every distinct token of the pairs once, as a forest that ``fastpo.trees.pack`` takes; and the pairs over its
+    sequences, with the columns that ``objective`` asks for.
 
     A sequence begins to count at the first token in which its pair differs: one that stands in pairs of different
     contexts is a sequence for each.
@@ -131,11 +131,10 @@ def training_tree(pairs: Sequence[SearchPair]) -> tuple[TokenTree, Pairs]:
 
     index = [(number(p.prompt_ids, p.chosen_ids), number(p.prompt_ids, p.rejected_ids)) for p in pairs]
     tree = build_tree([ids for ids, _ in sequences], [start for _, start in sequences])
-    columns = {
-        "weights": torch.tensor([p.weight for p in pairs]),
-        "soft_labels": torch.tensor([p.soft_label for p in pairs]),
-        "margins": torch.tensor([p.margin for p in pairs]),
-    }
+    columns = {"weights": torch.tensor([p.weight for p in pairs])}
+    for name, values in (("soft_labels", [p.soft_label for p in pairs]), ("margins", [p.margin for p in pairs])):
+        if f"pairs.{name}" in objective.requires:  # another objective would take them for settings of its own
+            columns[name] = torch.tensor(values)
     return tree, Pairs(torch.tensor(index, dtype=torch.int64).view(len(pairs), 2), **columns)
 
 

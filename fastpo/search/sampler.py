@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastpo.errors import FastpoError, RunError
+from fastpo.integrations.head import unwrapped
 from fastpo.kernels.token_logprobs import token_logprobs
-from fastpo.models import context_length, unwrapped
+from fastpo.models import context_length
 from fastpo.sampling import _COMPACT_BELOW, _pick, _Request
 
 from .cache import KeyValuePool, new_cache, padded, taken
