@@ -18,7 +18,8 @@ from fastpo.trees import sequence_nodes
 from fastpo.types import Segments
 
 # A tree by hand: below the prompt 1 and 2, below 1 the ends 3 (right), 4 and 5 (wrong). Tokens of siblings share
-beginnings.PROMPT = (1, 2)
+# beginnings.
+PROMPT = (1, 2)
 STEPS = {0: [(5, 6, 10), (5, 7, 10)], 1: [(8, 9), (8, 8, 9), (3, 9)]}
 
 
