@@ -16,6 +16,7 @@ from fastpo.config import Config
 from fastpo.console import Display, results_table
 from fastpo.data import Codec, evaluation_prompts, parse_demonstration, read_rows, training_prompts
 from fastpo.errors import FastpoError, RunError
+from fastpo.estimate import describe
 from fastpo.loop import Loop, train
 from fastpo.models import load_model, load_tokenizer
 from fastpo.pairs import build_pairs, explain_no_pairs
@@ -75,9 +76,24 @@ def plan(config: Config) -> str:
     for k in range(1, iterations_of(config) + 1):
         state = "done" if loop.run.has(loop.folder(k) / "evaluation.json") else _plan_of(config, k)
         lines.append(f"iteration {k}: {state}")
+    lines += _estimate(loop)
     lines.append(f"objective: {loop.objective}")
     lines.append(f"config:\n{config.to_yaml()}dry run: nothing was written")
     return "\n".join(lines)
+
+
+def _estimate(loop: Loop) -> list[str]:
+    """Sizes and costs of the first iteration; of given preferences, without sampling, nothing is estimated."""
+    config = loop.config
+    if config.data is None or not iterations_of(config):
+        return []
+    prompts = training_prompts(config, 1)
+    if config.model == "tiny-llama" and not loop.run.has(loop.folder(0) / "tokenizer"):
+        lengths = [len(str(p.text)) / 3 for p in prompts]  # no tokenizer yet: three characters a token
+    else:
+        lengths = [len(loop.codec.prompt_ids(p.text)) for p in prompts]
+    device = loop.run.accelerator.device.type
+    return describe(config, loop.objective, len(prompts), sum(lengths) / len(lengths), device)
 
 
 def _plan_of(config: Config, iteration: int) -> str:

@@ -158,15 +158,24 @@ class Judge:
         return ids[0]
 
     def sampled(
-        self, prompts: Sequence[str], number: int, *, seed: int, progress: Progress | None = None
+        self,
+        prompts: Sequence[str],
+        number: int,
+        *,
+        seed: int,
+        max_new_tokens: int | None = None,
+        progress: Progress | None = None,
     ) -> list[list[str]]:
-        """``number`` judgements of each prompt as text, at the config's temperature of iteration 1 and top_p."""
+        """``number`` answers to each prompt as text, at the config's temperature of iteration 1 and top_p.
+
+        ``max_new_tokens``: None for judge_max_new_tokens.
+        """
         config, tokenizer = self.codec.config, self.codec.tokenizer
         responses = generate(
             self.model,
             [self.codec.prompt_ids(prompt) for prompt in prompts],
             num_samples=number,
-            max_new_tokens=config.judge_max_new_tokens,
+            max_new_tokens=max_new_tokens or config.judge_max_new_tokens,
             temperature=config.at("temperature", 1),
             top_p=config.top_p,
             top_k=config.top_k,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fastpo import embedded
 from fastpo.data import Codec
-from fastpo.judges import Judge, mean_known, rubric
+from fastpo.judges import Judge, Rubric, mean_known, rubric
 from fastpo.models import PromptResponse, ResponseScorer, check_sequences, collate, context_length, split_by_tokens
 from fastpo.pair_rules import judgement_pair, most_varied, verdict_pairs
 from fastpo.reward_rules import implicit_rewards
@@ -128,14 +128,15 @@ def meta_judged(rows: Sequence[Row], columns: Sequence[Row], judge: Judge, seed:
     Meta-Rewarding, Wu et al. 2024: every two judgements of a response are compared, in both orders; Elo ranks them.
 
     Args:
-        columns: what ``graded`` returned in text mode.
+        columns: what ``graded`` returned. Without judgements (labels mode) judge_samples of each response are sampled.
     """
     asked, meta = rubric("grade", judge.codec.config), rubric("meta", judge.codec.config)
     battles = []  # (row, prompt of the judgements, texts)
-    for at, (row, column) in enumerate(zip(rows, columns, strict=True)):
-        grades = [[asked.read(text) for text in texts] for texts in column["judgements"]]
+    judgements = [c["judgements"] for c in columns if "judgements" in c] or _judgements(rows, judge, asked, seed)
+    for at, (row, written) in enumerate(zip(rows, judgements, strict=True)):
+        grades = [[asked.read(text) for text in texts] for texts in written]
         for i in most_varied(grades, judge.codec.config.judge_pairs):
-            texts = list(dict.fromkeys(t for t in column["judgements"][i] if asked.read(t) is not None))
+            texts = list(dict.fromkeys(t for t in written[i] if asked.read(t) is not None))
             battles.append((at, _text(row), row["responses"][i]["text"], texts))
     prompts, places = [], []
     for number, (_, prompt, response, texts) in enumerate(battles):
@@ -153,6 +154,13 @@ def meta_judged(rows: Sequence[Row], columns: Sequence[Row], judge: Judge, seed:
             question = asked.ask(prompt=prompt, response=response)
             found[at]["judgement_pairs"].append(_judgement(question, texts[pair[0]], texts[pair[1]]))
     return found
+
+
+def _judgements(rows: Sequence[Row], judge: Judge, asked: Rubric, seed: int) -> list[list[list[str]]]:
+    """[row][response] -> sampled judgements."""
+    prompts = [asked.ask(prompt=_text(row), response=r["text"]) for row in rows for r in row["responses"]]
+    found = [{"judgements": texts} for texts in judge.sampled(prompts, judge.codec.config.judge_samples, seed=seed)]
+    return [columns.get("judgements", []) for columns in _by_row(rows, found)]
 
 
 def verdicts(rows: Sequence[Row], judge: Judge, limit: int, seed: int) -> list[Row]:
@@ -192,12 +200,15 @@ def verdicts(rows: Sequence[Row], judge: Judge, limit: int, seed: int) -> list[R
 
 def _perturbed_responses(rows: Sequence[Row], judge: Judge, seed: int) -> list[str]:
     """One response of the model to a changed version of each prompt."""
+    longest = judge.codec.config.max_new_tokens
     if judge.codec.config.data == "embedded":
         asked = [embedded.perturbed(_text(row), seed) for row in rows]
     else:
-        written = judge.sampled([_PERTURB.replace("{prompt}", _text(row)) for row in rows], 1, seed=seed)
+        written = judge.sampled(
+            [_PERTURB.replace("{prompt}", _text(row)) for row in rows], 1, seed=seed, max_new_tokens=longest
+        )
         asked = [texts[0] for texts in written]
-    return [texts[0] for texts in judge.sampled(asked, 1, seed=seed + 1)]
+    return [texts[0] for texts in judge.sampled(asked, 1, seed=seed + 1, max_new_tokens=longest)]
 
 
 def _judgement(prompt: str, chosen: str, rejected: str | None) -> Row:

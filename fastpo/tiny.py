@@ -45,8 +45,16 @@ def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToke
 
 def build_llama(config: Config, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """An untrained Llama of the config's sizes (fp32, CPU, tied embeddings), initialised from the seed alone."""
-    sizes = LlamaConfig(
-        vocab_size=len(tokenizer),
+    sizes = llama_config(config, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return LlamaForCausalLM(sizes)
+
+
+def llama_config(config: Config, vocab_size: int, eos_token_id: int, pad_token_id: int) -> LlamaConfig:
+    """The sizes of tiny-llama."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=_round_up(8 * config.hidden_size // 3, 32),
         num_hidden_layers=config.num_layers,
@@ -56,12 +64,9 @@ def build_llama(config: Config, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
         initializer_range=config.hidden_size**-0.5 / 2,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return LlamaForCausalLM(sizes)
 
 
 def _round_up(value: int, multiple: int) -> int:

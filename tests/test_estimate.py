@@ -1,0 +1,87 @@
+"""The costs that --dry_run prints, against counts done by hand and the models' own parameters; no weights are read."""
+
+import pytest
+import torch
+
+from fastpo import cli, embedded, estimate
+from fastpo.config import Config
+from fastpo.estimate import Sizes, costs, pairs_at_most, sizes_of
+from fastpo.pairs import RULES
+from fastpo.stages import build_objective
+
+SIZES = Sizes(parameters=1300, embedding=100, vocab=20, hidden=10, layers=2, cache=40, itemsize=4)  # body: 1000
+
+
+def test_sizes_of_the_embedded_model():
+    model = embedded.build_model(0)
+    sizes = sizes_of(Config())
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert (sizes.vocab, sizes.hidden, sizes.layers, sizes.embedding) == (258, 128, 2, 0), "tied: nothing is looked up"
+    assert sizes.cache == 2 * 2 * 128 and sizes.itemsize == 4
+    assert sizes.body == sizes.parameters - 258 * 128
+
+
+def test_tiny_llama_and_types():
+    config = Config(model="tiny-llama", vocab_size=300, hidden_size=64, num_layers=3, num_heads=2, dtype="bfloat16")
+    sizes = sizes_of(config)
+    assert (sizes.vocab, sizes.hidden, sizes.layers, sizes.itemsize) == (300, 64, 3, 2)
+
+
+def test_costs_by_hand():
+    """10 prompts of 5 tokens, 4 samples of 3, one pair each of IRPO at most: two sequences of 8 tokens a pair."""
+    config = Config(num_samples=4, max_new_tokens=3, pairs_per_prompt=1, num_epochs=1.0)
+    found = {c.stage: c for c in costs(config, build_objective(config), SIZES, 10, 5.0)}
+    assert list(found) == ["samples", "reference", "training"]
+    samples, training = found["samples"], found["training"]
+    assert (samples.sequences, samples.tokens) == (40, 10 * (5 + 4 * 3)), "a prompt goes through once"
+    assert samples.flops == 2 * 1000 * 170 + 2 * 120 * 10 * 20
+    assert (training.sequences, training.tokens) == (20, 20 * 8)
+    assert training.flops == 3 * 2 * 1000 * 160 + 3 * 2 * (20 * 3) * 10 * 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "sequences"),
+    [
+        ({"score_by": "judge"}, "grades", 40),
+        ({"score_by": "duels"}, "grades", 10 * 4 * 3),
+        ({"score_by": "judge", "judge_mode": "text", "judge_samples": 7}, "judgements", 280),
+        ({"score_by": "implicit"}, "implicit rewards, two or three models", 120),
+        ({"temperature_scan": [0.5, 1.0], "scan_prompts": 3}, "scan", 3 * 2 * 4),
+    ],
+)
+def test_judges_and_scans_are_counted(settings, stage, sequences):
+    config = Config(num_samples=4, pair_rule="max_min", objective="dpo", **settings)
+    found = {c.stage: c for c in costs(config, build_objective(config), SIZES, 10, 5.0)}
+    assert found[stage].sequences == sequences and found[stage].flops > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_bounded(rule):
+    """Rules of one tuple per prompt are known as such: all others go by pairs_per_prompt."""
+    few, many = (pairs_at_most(Config(pair_rule=rule, pairs_per_prompt=k), 10) for k in (2, 5))
+    assert few >= 10 and (many == few) == (rule in (*estimate._ONCE, "tiers"))
+
+
+def test_dry_run_needs_no_weights(capsys, tmp_path):
+    """A directory with a config and a tokenizer only, of a size that would not fit here."""
+    model = embedded.build_model(0)
+    model.config.hidden_size = 8192
+    model.config.head_dim = 2048
+    model.config.num_hidden_layers = 80
+    model.config.save_pretrained(tmp_path / "model")
+    embedded.build_tokenizer().save_pretrained(tmp_path / "model")
+    argv = (
+        f"train irpo --model {tmp_path}/model --data embedded --output_dir {tmp_path}/run --max_new_tokens 40 --dry-run"
+    )
+    assert cli.main(argv.split()) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "80 layers, hidden 8192",
+        "samples",
+        "reference",
+        "training",
+        "3.00F in GEMMs",
+        "memory of one process",
+    ):
+        assert text in out
+    assert not (tmp_path / "run").exists() and torch.get_default_device().type == "cpu"
