@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from fastpo import config as keys
-from fastpo import convert, stages
+from fastpo import convert, info, stages
 from fastpo.artifacts import read_jsonl, write_json, write_jsonl
 from fastpo.checks import iterations_of
 from fastpo.cli import Command
@@ -78,6 +78,7 @@ def plan(config: Config) -> str:
         lines.append(f"iteration {k}: {state}")
     lines += _estimate(loop)
     lines.append(f"objective: {loop.objective}")
+    lines.append(f"LM head: {info.LOOP}")
     lines.append(f"config:\n{config.to_yaml()}dry run: nothing was written")
     return "\n".join(lines)
 

@@ -70,6 +70,7 @@ def machine() -> str:
     )
 
 
+LOOP = "linear_preference_loss for preference steps; linear_token_logprobs for supervised steps, references, statistics"
 HEAD = (8192, 128256, 4096)  # tokens, vocabulary, hidden size of the example
 
 

@@ -159,6 +159,24 @@ def test_micro_batches_do_not_change_the_gradient(objective):
         assert split_record[name] == pytest.approx(record[name], rel=1e-4)
 
 
+def test_lora_on_the_head_gets_the_gradient_of_the_definition():
+    """peft's adapters on body and head, their B not zero; the weights under them get none."""
+    peft = pytest.importorskip("peft")
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build(), peft.LoraConfig(**settings)).eval()
+    task, found = PreferenceTask(pairs(), reference(pairs()), objectives.irpo()), []
+    loss, _ = task.loss(ResponseScorer(model), range(10), range(10), torch.device("cpu"))
+    for value in (loss / 10, irpo_by_definition(model, pairs(), reference(pairs()), beta=0.1, alpha=1.0)):
+        model.zero_grad()
+        value.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert {name.split(".")[-3] for name in found[0]} == {"lora_A", "lora_B"} and any("lm_head" in n for n in found[0])
+    scale = max(grad.abs().max() for grad in found[1].values())
+    assert found[0].keys() == found[1].keys()
+    assert all((found[0][name] - grad).abs().max() < 1e-5 * scale for name, grad in found[1].items())
+
+
 def test_supervised_loss_is_the_mean_over_response_tokens(tmp_path):
     _, history = run_sft(tmp_path, batch_size=24, num_epochs=1, micro_batch_tokens=60)
     logps = torch.cat([sequence_logps(build(), p, r).detach() for p, r in examples()])

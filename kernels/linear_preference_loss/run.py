@@ -134,8 +134,9 @@ def _run_group(
 
 def plan_of(inputs: Inputs, loss: Loss, wanted: Wanted) -> LossPlan:
     """The plan for these tensors."""
-    grads, weight = (wanted.hidden_grad, wanted.head_grad, wanted.head[1]), inputs.weight
-    costs = Costs(weight, *weight.shape, *grads, inputs.memory_budget)
+    weight, (vocab_size, hidden_size) = inputs.weight, inputs.weight.shape
+    grads = (wanted.hidden_grad, wanted.head_grad, wanted.head[1])
+    costs = Costs(weight, vocab_size, hidden_size, *grads, inputs.memory_budget)
     return group(loss.tokens.cu_seqlens, loss.tokens.mask, inputs.rows, loss.tuples.index, costs)
 
 

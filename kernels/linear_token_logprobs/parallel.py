@@ -12,7 +12,7 @@ from fastpo.kernels.linear_token_logprobs.engine import State
 
 def resolve(name: str) -> "dist.ProcessGroup | None":
     """The process group of this name; None for ""."""
-    return dist.distributed_c10d._resolve_process_group(name) if name else None
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
 def vocab_range(size: int, device: torch.device, group: "dist.ProcessGroup | None") -> tuple[int, int]:
