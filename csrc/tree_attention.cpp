@@ -114,11 +114,11 @@ void check_tree(const Attention& a, const int32_t* subtree_end) {
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<int32_t> paths;
-  std::vector<float> partials;  // backward: [Hkv, floats of all chunks]
+  std::unique_ptr<float[]> partials;  // backward: [Hkv, floats of all chunks], written before it is read
   int64_t floats = 0, work = 0;
 
   Plan(Attention& a, bool backward) {
-    constexpr int64_t kTasks = 32, kLeast = 1 << 16;  // tasks wanted; scores that are worth one
+    constexpr int64_t kTasks = 32, kLeast = 1 << 18;  // tasks wanted; scores that are worth one
     const auto cost = [&](int64_t i) {
       const int64_t seen = a.depth[i] + 1;
       return ((a.window != 0 ? std::min(seen, a.window) : seen) + 16) * a.group;
@@ -147,10 +147,10 @@ struct Plan {
       }
     }
     floats = static_cast<int64_t>(paths.size()) * 2 * a.size;
-    if (backward) partials.resize(floats * a.kv_heads);
+    if (backward) partials.reset(new float[floats * a.kv_heads]);
     for (size_t c = 0; c < chunks.size(); ++c) {
       chunks[c].path = paths.data() + offsets[c];
-      chunks[c].partial = partials.data() + offsets[c] * 2 * a.size;
+      chunks[c].partial = partials.get() + offsets[c] * 2 * a.size;
     }
   }
 
@@ -161,7 +161,7 @@ struct Plan {
     for_each_task(a.kv_heads * count, a.kv_heads * work * a.size, [&](int64_t task) {
       Chunk chunk = chunks[task % count];
       const int64_t head = task / count;
-      if (chunk.partial != nullptr) chunk.partial += head * floats;
+      if (partials) chunk.partial += head * floats;
       f(head, chunk);
     });
   }
@@ -195,7 +195,7 @@ void forward_op(const Tensor q, const Tensor k, const Tensor v, const Tensor sub
 
 // What the chunks behind a token's own have found for it, in their order.
 void add_partials(const Attention& a, const Plan& plan) {
-  for (int64_t head = 0; head < a.kv_heads; ++head) {
+  for_each_task(a.kv_heads, a.kv_heads * plan.floats, [&](int64_t head) {
     for (const Chunk& chunk : plan.chunks) {
       const float* partial = chunk.partial + head * plan.floats;
       for (int64_t slot = 0; slot < a.depth[chunk.first]; ++slot) {
@@ -204,7 +204,7 @@ void add_partials(const Attention& a, const Plan& plan) {
         for (int64_t d = 0; d < a.size; ++d) a.grad_v[at + d] += partial[(slot * 2 + 1) * a.size + d];
       }
     }
-  }
+  });
 }
 
 void backward_op(const Tensor grad_out, const Tensor q, const Tensor k, const Tensor v, const Tensor out,

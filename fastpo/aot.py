@@ -107,7 +107,9 @@ def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any
     if unknown:
         raise ValueError(f"AOT config {config.label!r} and {config.kernel.__name__} disagree on {sorted(unknown)}")
     signature = {n: _without_hint(config.signature.get(n, "constexpr")) for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if ":16" in config.signature.get(n, "")}
+    aligned = {}
+    for i, name in enumerate(names):
+        aligned |= dict.fromkeys(_aligned(config.signature.get(name, ""), (i,)), [["tt.divisibility", 16]])
     compiled = triton.compile(
         ASTSource(config.kernel, signature, dict(config.constexprs), aligned),
         target=GPUTarget("cuda", arch, 32),
@@ -125,8 +127,15 @@ def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any
 
 
 def _without_hint(kind: Any) -> Any:
-    """The triton type alone; a tuple of arguments stays as it is."""
-    return kind.split(":")[0] if isinstance(kind, str) else kind
+    """The triton type alone, of an argument or of each in a tuple."""
+    return kind.split(":")[0] if isinstance(kind, str) else tuple(map(_without_hint, kind))
+
+
+def _aligned(kind: Any, path: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Where the argument at ``path``, or what is in the tuple there, is divisible by 16."""
+    if isinstance(kind, str):
+        return [path] if kind.endswith(":16") else []
+    return [place for i, inner in enumerate(kind) for place in _aligned(inner, (*path, i))]
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:

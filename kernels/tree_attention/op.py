@@ -6,11 +6,27 @@ Shapes: N tokens of a forest in preorder, Hq query heads, Hkv key and value head
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, extension_missing
+from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
 from fastpo.kernels.tree_attention import cpu_kernels, reference
 from fastpo.kernels.tree_attention.blocks import AttentionBlocks, attention_blocks
 from fastpo.kernels.tree_attention.checks import check_arguments
 from fastpo.types import TokenTree
+
+
+class _Triton:
+    """Imports the kernels when they first run: triton is not installed everywhere."""
+
+    @staticmethod
+    def forward(*args) -> tuple[Tensor, Tensor]:
+        from fastpo.kernels.tree_attention import triton_kernels
+
+        return triton_kernels.forward(*args)
+
+    @staticmethod
+    def backward(*args) -> list[Tensor]:
+        from fastpo.kernels.tree_attention import triton_kernels
+
+        return triton_kernels.backward(*args)
 
 
 def _why_not_fused(q: Tensor) -> str | None:
@@ -21,6 +37,7 @@ def _why_not_fused(q: Tensor) -> str | None:
 OP = Op(
     "tree_attention",
     [
+        Backend("triton", "cuda", triton_missing, _why_not_fused, _Triton),
         Backend("cpu", "cpu", lambda: extension_missing("_C"), _why_not_fused, cpu_kernels),
         Backend("torch", "any", always, always, reference),
     ],
@@ -35,19 +52,19 @@ def _forward_op(
     sinks: Tensor | None,  # [Hq] fp32, fp64 where q is
     subtree_end: Tensor,  # [N] int32
     depth: Tensor,  # [N] int32
-    key_ends: Tensor,  # [2, ceil(N / BLOCK)] int32
+    key_blocks: Tensor,  # [4, ceil(N / BLOCK)] int32
     scale: float,
     softcap: float,  # 0: none
     window: int,  # 0: none
 ) -> tuple[Tensor, Tensor]:
     """out [N, Hq, D] in the type of q; logsumexp [Hq, N] fp32 (fp64 for fp64)."""
-    blocks = AttentionBlocks(subtree_end, depth, key_ends)
+    blocks = AttentionBlocks(subtree_end, depth, key_blocks)
     impl = OP.pick(q.device, q).impl
     return impl.forward(q, k, v, blocks, sinks, scale, softcap, window)
 
 
 @_forward_op.register_fake
-def _(q, k, v, sinks, subtree_end, depth, key_ends, scale, softcap, window):
+def _(q, k, v, sinks, subtree_end, depth, key_blocks, scale, softcap, window):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_accumulator(q.dtype))
 
 
@@ -62,19 +79,19 @@ def _backward_op(
     sinks: Tensor | None,  # [Hq]
     subtree_end: Tensor,  # [N] int32
     depth: Tensor,  # [N] int32
-    key_ends: Tensor,  # [2, ceil(N / BLOCK)] int32
+    key_blocks: Tensor,  # [4, ceil(N / BLOCK)] int32
     scale: float,
     softcap: float,
     window: int,
 ) -> list[Tensor]:
     """Gradients of q, k, v and, where they are there, of sinks."""
-    blocks = AttentionBlocks(subtree_end, depth, key_ends)
+    blocks = AttentionBlocks(subtree_end, depth, key_blocks)
     impl = OP.pick(q.device, q).impl
     return impl.backward(grad_out, q, k, v, out, logsumexp, blocks, sinks, scale, softcap, window)
 
 
 @_backward_op.register_fake
-def _(grad_out, q, k, v, out, logsumexp, sinks, subtree_end, depth, key_ends, scale, softcap, window):
+def _(grad_out, q, k, v, out, logsumexp, sinks, subtree_end, depth, key_blocks, scale, softcap, window):
     return [x.new_empty(x.shape) for x in ((q, k, v) if sinks is None else (q, k, v, sinks))]
 
 
@@ -162,7 +179,7 @@ def tree_attention(
         None if sinks is None else sinks.to(_accumulator(q.dtype)),
         blocks.subtree_end,
         blocks.depth,
-        blocks.key_ends,
+        blocks.key_blocks,
         float(q.shape[-1] ** -0.5 if scale is None else scale),
         0.0 if softcap is None else float(softcap),
         0 if window is None else window,
