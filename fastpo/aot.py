@@ -107,9 +107,9 @@ def triton_report(config: AotConfig, arch: int, source: str = "", **options: Any
     if unknown:
         raise ValueError(f"AOT config {config.label!r} and {config.kernel.__name__} disagree on {sorted(unknown)}")
     signature = {n: _without_hint(config.signature.get(n, "constexpr")) for n in names}
-    aligned = {}
+    aligned: dict[tuple[int, ...], list] = {}
     for i, name in enumerate(names):
-        aligned |= dict.fromkeys(_aligned(config.signature.get(name, ""), (i,)), [["tt.divisibility", 16]])
+        aligned |= {place: [["tt.divisibility", 16]] for place in _aligned(config.signature.get(name, ""), (i,))}
     compiled = triton.compile(
         ASTSource(config.kernel, signature, dict(config.constexprs), aligned),
         target=GPUTarget("cuda", arch, 32),

@@ -119,6 +119,28 @@ for rows in (17, 64, 1000):
 print(before, len(compiled) - before)
 """
 
+TREE_ATTENTION = """
+from tree_attention_cases import chain, random_forest, tensors
+from fastpo import attention_blocks
+from fastpo.kernels.tree_attention import triton_kernels
+
+def step(tree, heads=(4, 2), size=64, dtype=torch.bfloat16, sinks=False, softcap=0.0, window=0):
+    *qkv, sinks = [*tensors(tree, heads, size, dtype, sinks), *[None] * (not sinks)]
+    q, k, v = (x.detach() for x in qkv)
+    sinks = None if sinks is None else sinks.detach()
+    settings = (attention_blocks(tree), sinks, 0.125, softcap, window)
+    out, logsumexp = triton_kernels.forward(q, k, v, *settings)
+    triton_kernels.backward(q, q, k, v, out, logsumexp, *settings)
+
+step(chain(70))
+step(chain(70), (6, 2), 80, torch.float16, True, 30.0, 5)
+before = len(compiled)
+for n in (71, 128, 1000):
+    step(random_forest(n, 0.1))
+    step(random_forest(n, 0.1), (6, 2), 80, torch.float16, True, 20.0, 7)
+print(before, len(compiled) - before)
+"""
+
 
 def launch(script: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
@@ -149,4 +171,12 @@ def test_linear_token_logprobs_compiles_for_any_batch_once():
     """All tile functions with all arguments and with none; then no number of rows and no tile compiles anything."""
     kinds, more = map(int, launch(LINEAR_TOKEN_LOGPROBS).split())
     assert kinds >= 8
+    assert more == 0
+
+
+@pytest.mark.skipif(triton_missing() == "triton is not installed", reason="triton is not installed")
+def test_tree_attention_compiles_for_any_forest_once():
+    """All four kernels with all arguments and with none; then no number of tokens and no tree compiles anything."""
+    kinds, more = map(int, launch(TREE_ATTENTION).split())
+    assert kinds == 8
     assert more == 0

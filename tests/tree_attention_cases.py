@@ -46,11 +46,11 @@ def fan(prefix: int, branches: int, length: int) -> TokenTree:
 
 
 def tensors(tree: TokenTree, heads=(4, 2), size=32, dtype=torch.float32, sinks=False, seed=0) -> list[torch.Tensor]:
-    """q, k, v and, where wanted, sinks; leaves."""
-    generator, n = torch.Generator().manual_seed(seed), tree.num_nodes
+    """q, k, v and, where wanted, sinks; leaves, where the tree is."""
+    generator, device, n = torch.Generator().manual_seed(seed), tree.depth.device, tree.num_nodes
     shapes = [(n, heads[0], size), (n, heads[1], size), (n, heads[1], size)]
-    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    return [*leaves, torch.randn(heads[0], generator=generator).requires_grad_()] if sinks else leaves
+    leaves = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    return [*leaves, torch.randn(heads[0], generator=generator).to(device).requires_grad_()] if sinks else leaves
 
 
 def spec_values(leaves, tree, weight, dtype, scale=None, softcap=None, window=None) -> list[torch.Tensor]:
@@ -69,7 +69,7 @@ def check(tree: TokenTree, leaves: list[torch.Tensor], **settings) -> None:
     nothing but itself is 0, and exactly so only where both are summed in one order.
     """
     dtype = leaves[0].dtype
-    weight = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0])
     extra = {"sinks": leaves[3]} if len(leaves) == 4 else {}
     out = tree_attention(*leaves[:3], tree, **settings, **extra)
     assert out.dtype == dtype and out.is_contiguous()

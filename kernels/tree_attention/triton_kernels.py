@@ -40,9 +40,9 @@ _HALVES = {
     keys_kernel: {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
 }
 _FLOAT32 = {
-    forward_kernel: {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    queries_kernel: {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    keys_kernel: {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    forward_kernel: {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    queries_kernel: {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    keys_kernel: {64: Tile(32, 16, 4, 1), 128: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 2)},
 }
 _REGISTERS = 255  # a thread may have: ptxas would spill to fit more programs on a multiprocessor
 
