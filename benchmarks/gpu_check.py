@@ -212,7 +212,11 @@ def main() -> int:
         ceilings()
         return 0
     begin = time.perf_counter()
-    path = [str(ROOT), *([unpacked(arguments.wheels)] if arguments.wheels else [])]
+    path = [
+        str(ROOT),
+        *([unpacked(arguments.wheels)] if arguments.wheels else []),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTPO_BACKEND")
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastpo.kernels.common.checks import STATS
 from fastpo.kernels.linear_token_logprobs import engine, gemm, statistics
 from fastpo.kernels.linear_token_logprobs.checks import check_values
 from fastpo.kernels.linear_token_logprobs.cpu_kernels import prefault
@@ -16,7 +17,6 @@ from fastpo.kernels.linear_token_logprobs.planning import Plan
 from fastpo.kernels.linear_token_logprobs.run import Inputs
 from fastpo.kernels.preference_loss.checks import check_values as check_sequences
 from fastpo.kernels.preference_loss.records import Outputs, TokenGrads, Tokens, TokenSettings, Tuples, TupleSettings
-from fastpo.kernels.token_logprobs.checks import STATS
 
 from .grouping import Costs, LossPlan, group
 

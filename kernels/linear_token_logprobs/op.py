@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.kernels.common.checks import STATS
 from fastpo.kernels.linear_token_logprobs import cpu_kernels, gemm, parallel, reference, run
 from fastpo.kernels.linear_token_logprobs.checks import check_settings, check_tensors
-from fastpo.kernels.token_logprobs.checks import STATS
 
 
 class _Triton:

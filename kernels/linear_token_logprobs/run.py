@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from fastpo.dispatch import Op
+from fastpo.kernels.common.checks import STATS
 from fastpo.kernels.linear_token_logprobs import engine, gemm, parallel, statistics
 from fastpo.kernels.linear_token_logprobs.checks import check_values
 from fastpo.kernels.linear_token_logprobs.cpu_kernels import prefault
 from fastpo.kernels.linear_token_logprobs.engine import Batch, Gradients, Head, Slopes, State
 from fastpo.kernels.linear_token_logprobs.entries import Entries, entries
 from fastpo.kernels.linear_token_logprobs.planning import Plan, plan
-from fastpo.kernels.token_logprobs.checks import STATS
 
 # What the forward returns, in this order. Sizes depend on shapes and the plan, not on how many labels are ignored.
 OUTPUTS = ("logps", *STATS, "picked", "normalizer", "product", "lora_product", "kept", "references")

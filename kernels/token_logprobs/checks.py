@@ -1,70 +1,35 @@
 """What ``token_logprobs`` refuses: one line each, before any work."""
 
-import math
-import os
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-STATS = ("logsumexp", "entropy", "sum_p2", "topk_mass", "topk_entropy", "label_set_prob")
-MAX_TOPK = 16
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastpo.kernels.common.checks import (
+    FLOATS,
+    check_integers,
+    check_label_set_values,
+    check_range,
+    check_softcap,
+    check_stats,
+    check_temperature,
+    check_temperature_values,
+    values_checked,
+)
 
 
 def check_arguments(logits, labels, temperature, logit_softcap, stats, topk, label_set) -> None:
     """What can be told from types and shapes alone."""
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in FLOATS:
         raise TypeError(f"logits is {logits.dtype}; it should be float32, bfloat16, float16 or float64")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}; it should be [..., V] with V >= 1")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels is {labels.dtype}; it should be an integer type")
+    home = ("logits", logits.device)
+    check_integers("labels", labels, *home)
     if labels.shape != logits.shape[:-1]:
         wanted = list(logits.shape[:-1])
         raise ValueError(f"labels has shape {list(labels.shape)}; it should be {wanted}, as logits without the last")
-    if labels.device != logits.device:
-        raise ValueError(f"labels is on {labels.device}; it should be on {logits.device}, where logits is")
-    if isinstance(temperature, Tensor):
-        _check_temperatures(temperature, labels)
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it should be a positive number")
-    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
-        raise ValueError(f"logit_softcap is {logit_softcap}; it should be a positive number, or None for no cap")
-    _check_stats(stats, topk, label_set, logits)
-
-
-def _check_temperatures(temperature: Tensor, labels: Tensor) -> None:
-    if not temperature.dtype.is_floating_point:
-        raise TypeError(f"temperature is {temperature.dtype}; it should be a floating-point type")
-    if temperature.shape != labels.shape:
-        raise ValueError(
-            f"temperature has shape {list(temperature.shape)}; it should be {list(labels.shape)}, as labels"
-        )
-    if temperature.device != labels.device:
-        raise ValueError(f"temperature is on {temperature.device}; it should be on {labels.device}, where logits is")
-    if temperature.requires_grad:
-        raise ValueError("temperature requires grad; it takes no gradient: pass temperature.detach()")
-
-
-def _check_stats(stats: Sequence[str], topk: int, label_set: Tensor | None, logits: Tensor) -> None:
-    if isinstance(stats, str):
-        raise TypeError(f"stats is the string {stats!r}; it should be a sequence of names, such as ({stats!r},)")
-    for name in stats:
-        if name not in STATS:
-            raise ValueError(f"stats contains {name!r}; it should contain only {', '.join(STATS)}")
-    if not 1 <= topk <= MAX_TOPK:
-        raise ValueError(f"topk is {topk}; it should be from 1 to {MAX_TOPK}")
-    if (label_set is not None) != ("label_set_prob" in stats):
-        state = "missing" if label_set is None else "given"
-        raise ValueError(f"label_set is {state}; it should be given exactly when stats contains 'label_set_prob'")
-    if label_set is None:
-        return
-    if label_set.dim() != 1 or label_set.dtype.is_floating_point or label_set.dtype == torch.bool:
-        shape = list(label_set.shape)
-        raise ValueError(f"label_set is {label_set.dtype} of shape {shape}; it should be a vector of integer token ids")
-    if label_set.device != logits.device:
-        raise ValueError(f"label_set is on {label_set.device}; it should be on {logits.device}, where logits is")
+    check_temperature(temperature, labels.shape, "as labels", *home)
+    check_softcap(logit_softcap)
+    check_stats(stats, topk, label_set, *home)
 
 
 def check_values(
@@ -74,24 +39,15 @@ def check_values(
     label_set: Tensor | None,  # [L]
     ignore_index: int,
 ) -> None:
-    """What needs the values: on the CPU always, on a GPU only under FASTPO_DEBUG=1, for it waits for the device."""
-    if logits.device.type != "cpu" and os.environ.get("FASTPO_DEBUG") != "1":
+    """What needs the values, where they are looked at."""
+    if not values_checked(logits.device):
         return
     vocab = logits.shape[-1]
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        allowed = f"from 0 to {vocab - 1}, or ignore_index ({ignore_index})"
-        raise ValueError(f"labels has {int(labels[row])} at row {row}; it should be {allowed}")
-    if temperatures is not None and not (temperatures > 0).all():
-        row = int((~(temperatures > 0)).nonzero()[0])
-        raise ValueError(f"temperature has {float(temperatures[row])} at row {row}; it should be positive")
-    if label_set is None:
-        return
-    if ((label_set < 0) | (label_set >= vocab)).any():
-        raise ValueError(f"label_set has {label_set.tolist()}; its ids should be from 0 to {vocab - 1}")
-    if len(label_set.unique()) != len(label_set):
-        raise ValueError(f"label_set has {label_set.tolist()}; its ids should be distinct")
+    check_range(
+        "labels", labels, labels != ignore_index, vocab, f"from 0 to {vocab - 1}, or ignore_index ({ignore_index})"
+    )
+    check_temperature_values(temperatures)
+    check_label_set_values(label_set, vocab)
 
 
 def check_overwritable(logits: Tensor) -> None:

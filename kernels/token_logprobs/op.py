@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.kernels.common.checks import STATS
 from fastpo.kernels.token_logprobs import reference
-from fastpo.kernels.token_logprobs.checks import STATS, check_arguments, check_overwritable, check_values
+from fastpo.kernels.token_logprobs.checks import check_arguments, check_overwritable, check_values
 
 DIFFERENTIABLE = STATS[:3]
 
