@@ -142,6 +142,11 @@ def dense_logps(scorer: TreeScorer, tree: TokenTree, nodes: Tensor) -> Tensor:
     return Head.of(scorer.model).logps(hidden, tree.tokens[nodes], tree.parent[nodes])
 
 
+def predictors(tree: TokenTree) -> int:
+    """How many rows of the LM head a tree takes: nodes that predict one that counts."""
+    return len(tree.parent[trained_nodes(tree)].unique())
+
+
 @contextmanager
 def flex(scorer: TreeScorer):
     """Inside the block ``flex_hidden`` works: transformers' layers attend by a compiled FlexAttention."""

@@ -38,12 +38,12 @@ from rich.table import Table  # noqa: E402
 from tree_data import Workload, read_questions, search_workload, solutions_workload  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
+from fastpo import build_tree  # noqa: E402
 from fastpo.models import onednn_matmul  # noqa: E402
 from fastpo.scoring import TreeScorer  # noqa: E402
 from fastpo.trees import trained_nodes  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "trees.csv"
-PEERS = {"paths": "b", "dense": "c", "trl": "a"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Row:
     pairs: int
     distinct_tokens: int
     run_tokens: int  # that went through the layers: distinct and replicated, unshared, or padded
+    head_tokens: int  # that went through the LM head: distinct predictors, or response tokens
     runs: int
     p20_s: float
     p50_s: float
@@ -69,12 +70,14 @@ class Row:
     time_ratio: float  # p50 over fastpo's p50 of the same mode
     ceiling: float  # run_tokens over distinct_tokens
     ceiling_share: float  # time_ratio / ceiling
+    work_ceiling: float  # operations of the matrix products over fastpo's: prompts are in the layers, not in the head
 
 
 @dataclass(frozen=True)
 class Way:
     run: Callable[[], object]
     tokens: int
+    head_tokens: int
 
 
 def main() -> None:
@@ -100,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="directory with model_solutions.jsonl")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=int, default=8192, help="most tokens of a forward, padding included")
-    parser.add_argument("--seconds", type=float, default=60, help="of repetitions of each workload, beyond the first")
+    parser.add_argument("--seconds", type=float, default=40, help="of repetitions of each workload, beyond the first")
     parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C5"], help="of A, B, C2, C5")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="small model, small trees, rows to no file")
@@ -128,33 +131,38 @@ def plan(arguments: argparse.Namespace, questions: list) -> list[tuple[Workload,
 def measure(
     scorer: TreeScorer, workload: Workload, gemm: str, seconds: float, arguments: argparse.Namespace, where: dict
 ) -> list[Row]:
-    shared, paths = ways.shared_rows(workload, arguments.budget), ways.path_rows(workload, arguments.budget)
-    batches = ways.trl_batches(workload, arguments.budget)
-    distinct = sum(len({tuple(s[: k + 1]) for s in tree for k in range(len(s))}) for tree in workload.trees)
-    sizes = [sum(row.tree.num_nodes for row in rows) for rows in (shared, paths)]
+    budget = arguments.budget
+    shared, paths = ways.shared_rows(workload, budget), ways.path_rows(workload, budget)
+    batches = ways.trl_batches(workload, budget)
+    distinct = sum(build_tree(*tree).num_nodes for tree in zip(workload.trees, workload.starts, strict=True))
+    ours = sum(row.tree.num_nodes for row in shared), sum(ways.predictors(row.tree) for row in shared)
+    chains = sum(row.tree.num_nodes for row in paths), sum(ways.predictors(row.tree) for row in paths)
     padded = sum(ways.trl_inputs(workload, batch)["input_ids"].numel() for batch in batches)
     steps = {
-        "fastpo": Way(partial(ways.packed_step, scorer, shared, workload, ways.tree_logps), sizes[0]),
-        "paths": Way(partial(ways.path_step, scorer, paths, workload), sizes[1]),
-        "dense": Way(partial(ways.packed_step, scorer, shared, workload, ways.dense_logps), sizes[0]),
-        "trl": Way(partial(ways.trl_step, scorer.model, batches, workload), padded),
+        "fastpo": Way(partial(ways.packed_step, scorer, shared, workload, ways.tree_logps), *ours),
+        "paths": Way(partial(ways.path_step, scorer, paths, workload), *chains),
+        "dense": Way(partial(ways.packed_step, scorer, shared, workload, ways.dense_logps), *ours),
+        "trl": Way(partial(ways.trl_step, scorer.model, batches, workload), padded, chains[1]),
     }
     common = {**where, "workload": workload.name, "gemm": gemm, "pairs": len(workload.all_pairs)}
-    peaks = check_steps(scorer, steps)
-    rows = timed(steps, peaks, "step", seconds, distinct, common, lambda: scorer.zero_grad(set_to_none=True))
+    peaks, first = check_steps(scorer, steps)
+    times = first if sum(map(sum, first.values())) > seconds else timed(steps, seconds, scorer)
+    rows = rows_of(steps, times, peaks, "step", distinct, common, scorer)
     if gemm != "oneDNN" or workload.name == "C 5-3-3-2-2":
         return rows
     tree = shared[0].tree
     nodes = trained_nodes(tree)
     with ways.flex(scorer):
+        size = tree.num_nodes, ways.predictors(tree)
         forwards = {
-            "fastpo": Way(partial(_forward, ways.tree_logps, scorer, tree, nodes), sizes[0]),
-            "flex": Way(partial(ways.flex_logps, scorer, tree, nodes), sizes[0]),
+            "fastpo": Way(partial(_forward, ways.tree_logps, scorer, tree, nodes), *size),
+            "flex": Way(partial(ways.flex_logps, scorer, tree, nodes), *size),
         }
         found = {name: way.run() for name, way in forwards.items()}
         torch.testing.assert_close(found["flex"], found["fastpo"], rtol=1e-4, atol=1e-4)
         peaks = {name: peak(way.run) for name, way in forwards.items()}
-        return rows + timed(forwards, peaks, "forward", seconds / 6, tree.num_nodes, common, lambda: None)
+        times = timed(forwards, seconds / 4, scorer)
+    return rows + rows_of(forwards, times, peaks, "forward", tree.num_nodes, common, scorer)
 
 
 @torch.no_grad()
@@ -162,48 +170,71 @@ def _forward(logps: Callable, *arguments: object) -> torch.Tensor:
     return logps(*arguments)
 
 
-def check_steps(scorer: TreeScorer, steps: dict[str, Way]) -> dict[str, float]:
-    """Peak memory of each way's first run; all must give one loss and one gradient."""
-    peaks, results = {}, {}
+def check_steps(scorer: TreeScorer, steps: dict[str, Way]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Peak memory and seconds of each way's first run; all must give one loss and one gradient."""
+    peaks, times, wanted = {}, {}, None
     for name, way in steps.items():
         scorer.zero_grad(set_to_none=True)
         kept: list = []
+        start = time.perf_counter()
         peaks[name] = peak(lambda way=way, kept=kept: kept.append(way.run()))
-        results[name] = (kept[0], torch.cat([p.grad.flatten() for p in scorer.parameters()]))
-        if name != "fastpo":
-            loss, gradient = results["fastpo"]
-            other_loss, other = results.pop(name)
-            apart = float((other - gradient).norm() / gradient.norm())
-            if abs(other_loss - loss) > 1e-5 * abs(loss) or apart > 1e-4:
-                sys.exit(f"{name} computes something else: loss {other_loss} for {loss}, gradient off by {apart:.1e}")
-    return peaks
+        times[name] = [time.perf_counter() - start]
+        print(f"  {name}: {times[name][0]:.1f} s, {peaks[name]:.0f} MiB", flush=True)
+        found = kept[0], torch.cat([p.grad.flatten() for p in scorer.parameters()])
+        wanted = wanted or found
+        apart = float((found[1] - wanted[1]).norm() / wanted[1].norm())
+        if abs(found[0] - wanted[0]) > 1e-5 * abs(wanted[0]) or apart > 1e-4:
+            sys.exit(f"{name} computes something else: loss {found[0]} for {wanted[0]}, gradient off by {apart:.1e}")
+    return peaks, times
 
 
-def timed(
-    ways_: dict[str, Way], peaks: dict, mode: str, seconds: float, distinct: int, common: dict, before: Callable
-) -> list[Row]:
+def timed(chosen: dict[str, Way], seconds: float, scorer: TreeScorer) -> dict[str, list[float]]:
     """In turn, at least one round and at most five, until the seconds are up."""
-    times: dict[str, list[float]] = {name: [] for name in ways_}
+    times: dict[str, list[float]] = {name: [] for name in chosen}
     begin = time.perf_counter()
     while not times["fastpo"] or (len(times["fastpo"]) < 5 and time.perf_counter() - begin < seconds):
-        for name, way in ways_.items():
-            before()
+        for name, way in chosen.items():
+            scorer.zero_grad(set_to_none=True)
             start = time.perf_counter()
             way.run()
             times[name].append(time.perf_counter() - start)
+    return times
+
+
+def rows_of(
+    chosen: dict[str, Way],
+    times: dict[str, list[float]],
+    peaks: dict[str, float],
+    mode: str,
+    distinct: int,
+    common: dict,
+    scorer: TreeScorer,
+) -> list[Row]:
+    head = scorer.model.lm_head.weight.numel()
+    body = sum(p.numel() for p in scorer.parameters()) - head  # embeddings are tied
+    work = {name: body * way.tokens + head * way.head_tokens for name, way in chosen.items()}
     least = percentile(times["fastpo"], 0.5)
     rows = []
-    for name, way in ways_.items():
-        p20, p50, p80 = (round(percentile(times[name], share), 4) for share in (0.2, 0.5, 0.8))
-        ratio, ceiling = p50 / least, way.tokens / distinct
-        own = {"mode": mode, "implementation": name, "distinct_tokens": distinct, "run_tokens": way.tokens}
-        spread = {"runs": len(times[name]), "p20_s": p20, "p50_s": p50, "p80_s": p80, "peak_mib": round(peaks[name])}
-        shares = {
-            "time_ratio": round(ratio, 3),
-            "ceiling": round(ceiling, 3),
-            "ceiling_share": round(ratio / ceiling, 3),
-        }
-        rows.append(Row(**common, **own, **spread, **shares))
+    for name, way in chosen.items():
+        p20, p50, p80 = (percentile(times[name], share) for share in (0.2, 0.5, 0.8))
+        row = Row(
+            **common,
+            mode=mode,
+            implementation=name,
+            distinct_tokens=distinct,
+            run_tokens=way.tokens,
+            head_tokens=way.head_tokens,
+            runs=len(times[name]),
+            p20_s=round(p20, 4),
+            p50_s=round(p50, 4),
+            p80_s=round(p80, 4),
+            peak_mib=round(peaks[name]),
+            time_ratio=round(p50 / least, 3),
+            ceiling=round(way.tokens / distinct, 3),
+            ceiling_share=round(p50 / least * distinct / way.tokens, 3),
+            work_ceiling=round(work[name] / work["fastpo"], 3),
+        )
+        rows.append(row)
     return rows
 
 
@@ -227,7 +258,7 @@ def append(rows: list[Row], path: Path) -> None:
 def table(rows: list[Row]) -> Table:
     first = rows[0]
     made = Table(title=f"{first.workload}: {first.pairs} pairs, {first.distinct_tokens} distinct tokens, {first.gemm}")
-    columns = ("mode", "implementation", "run_tokens", "p50_s", "peak_mib", "time_ratio", "ceiling", "ceiling_share")
+    columns = ("mode", "implementation", "run_tokens", "p50_s", "peak_mib", "time_ratio", "ceiling", "work_ceiling")
     for name in columns:
         made.add_column(name, justify="left" if name in columns[:2] else "right")
     for row in rows:
