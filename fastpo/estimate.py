@@ -57,14 +57,17 @@ def sizes_of(config: Config) -> Sizes:
     with torch.device("meta"):
         model = _skeleton(config)
     text: Any = model.config.get_text_config()
-    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    inputs: Any = model.get_input_embeddings()
+    outputs: Any = model.get_output_embeddings()
+    parameters: Any = model.parameters()
+    query_heads = getattr(text, "num_attention_heads", 1)
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
     return Sizes(
-        parameters=sum(p.numel() for p in model.parameters()),
-        embedding=0 if inputs is outputs else inputs.numel(),
-        vocab=outputs.shape[0],
-        hidden=outputs.shape[1],
+        parameters=sum(p.numel() for p in parameters),
+        embedding=0 if inputs.weight is outputs.weight else inputs.weight.numel(),
+        vocab=outputs.weight.shape[0],
+        hidden=outputs.weight.shape[1],
         layers=text.num_hidden_layers,
         cache=2 * text.num_hidden_layers * heads * head_dim,
         itemsize=getattr(torch, config.dtype).itemsize,
@@ -145,7 +148,7 @@ def describe(config: Config, objective: Objective, prompts: int, prompt_tokens: 
         f"model: {_short(sizes.parameters)} parameters, {sizes.layers} layers, hidden {sizes.hidden}, vocabulary "
         f"{sizes.vocab:,}, {config.dtype}",
         f"an iteration at most: {prompts:,} prompts of {prompt_tokens:.0f} tokens, {pairs:,} tuples, {steps:,} steps",
-        f"  {'stage':38} {'sequences':>12} {'tokens':>14} {'work':>10}",
+        f"  {'stage':38} {'sequences':>12} {'tokens':>14} {'FLOP':>10}",
     ]
     lines += [f"  {c.stage:38} {c.sequences:12,} {c.tokens:14,} {_short(c.flops):>10}" for c in found]
     tokens, flops = sum(c.tokens for c in found), sum(c.flops for c in found)
