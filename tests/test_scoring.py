@@ -1,7 +1,13 @@
 """``score``: the log-probs of a tree's paths, whatever they are packed with, and its statistics."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from integration_cases import assert_same_gradients, gradients
 from tiny_models import CONTEXT, random_tokens
 from tree_cases import alone, build, sequences, tree
 
@@ -104,3 +110,22 @@ def test_a_budget_that_is_too_small(model):
 def test_a_model_that_cannot():
     with pytest.raises(FastpoError, match="cannot take trees"):
         fastpo.score(build("bloom"), [tree()])
+
+
+def test_two_processes(tmp_path):
+    """DDP, and FSDP2 with checkpointing: the mean gradient of one process. Scores are those of one process."""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(folder.parent), str(folder)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    script = str(folder / "tree_two_processes.py")
+    subprocess.run([*command, script, str(tmp_path)], env=environment, check=True, timeout=240)
+    found = torch.load(tmp_path / "found.pt")
+
+    model = build()
+    scorer = TreeScorer(model)
+    (sum(scorer(tree(seed)).sum() for seed in range(2)) / 2).backward()
+    for name in ("ddp", "fsdp2"):
+        assert_same_gradients(found[name], gradients(model))
+    for sums, scores in zip(found["scores"], fastpo.score(model, forests(5)), strict=True):
+        torch.testing.assert_close(sums, scores.sums, rtol=1e-5, atol=1e-5)
