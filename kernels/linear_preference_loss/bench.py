@@ -99,7 +99,9 @@ def cases(suite: str, device: str) -> list[Case]:
         return [case(mode, 512, 1000, 25, hidden=64) for mode in modes]
     if suite == "quick":
         return [*(case(mode, tokens, 32000, 25) for mode in modes), case("trained head", tokens, 128256, 25)]
-    if suite in ("full", "gpu"):
+    if suite == "gpu":
+        return [*(case(mode, tokens, 128256, 0) for mode in modes), case("trained head", tokens, 128256, 25)]
+    if suite == "full":
         return [case(mode, tokens, vocab, 25) for vocab in GRID[1] for mode in modes]
     if suite == "grid":
         return [case(mode, *point, best_only=True) for point in itertools.product(*GRID) for mode in modes]
@@ -114,11 +116,11 @@ def packed(case: Case, device: str) -> tuple[Segments, Pairs]:
 
 
 def setup(case: Case, device: str) -> Inputs:
-    shape, generator = case.shape, torch.Generator().manual_seed(0)
+    shape, on = case.shape, {"generator": torch.Generator(device).manual_seed(0), "device": device}
     n, h, v = shape["tokens"], shape["hidden"], shape["vocab"]
-    hidden = torch.randn(n, h, generator=generator).to(device, case.dtype).requires_grad_()
-    weight = torch.randn(v, h, generator=generator).mul_(2 * h**-0.5).to(device, case.dtype)
-    labels = torch.randint(v, (n,), generator=generator).to(device)
+    hidden = torch.randn(n, h, **on).to(case.dtype).requires_grad_()
+    weight = torch.randn(v, h, **on).mul_(2 * h**-0.5).to(case.dtype)
+    labels = torch.randint(v, (n,), **on)
     weight.requires_grad_(case.mode == "trained head")
     return Inputs(hidden, weight, labels, *packed(case, device), case.prompt, case.budget)
 

@@ -3,7 +3,8 @@
 Log-probs of given labels from hidden states, and the gradients for an arbitrary upstream gradient per token. Every peer
 gets the rows that count alone, which only some of them would find by themselves. ``trl`` is the head of TRL 1.16's
 trainers, ``cut-cross-entropy`` its implementation for machines without a GPU, ``torch linear_cross_entropy`` torch
-2.13's, in full and in chunks. Liger has no log-probs per token on a CPU.
+2.13's, in full and in chunks. Liger's log-probs per token are timed on a GPU only: elsewhere they are plain PyTorch.
+The mode "trained head, mean loss" is cross-entropy, for quack and Liger, whose fastest heads know nothing else.
 
 The ceiling is the bare GEMMs of the mode, tile by tile, at the rate of the fastest GEMM that torch has here.
 """
@@ -22,7 +23,7 @@ from fastpo.kernels.linear_token_logprobs import gemm, linear_token_logprobs, pl
 @dataclass(frozen=True)
 class Case:
     name: str
-    mode: str  # "no gradient", "frozen head" or "trained head"
+    mode: str  # "no gradient", "frozen head", "trained head" or MEAN_LOSS
     dtype: torch.dtype
     shape: dict[str, int]  # tokens, hidden, vocab, masked: per cent of the tokens
 
@@ -50,6 +51,7 @@ class Inputs:
 
 
 MODES = ("no gradient", "frozen head", "trained head")
+MEAN_LOSS = "trained head, mean loss"
 
 
 def cases(suite: str, device: str) -> list[Case]:
@@ -65,7 +67,11 @@ def cases(suite: str, device: str) -> list[Case]:
         return [case(mode, 256, 1000, 25, hidden=64) for mode in MODES]
     if suite == "quick":
         return [*(case(mode, tokens, 32000, 25) for mode in MODES), case("trained head", tokens, 128256, 25)]
-    if suite in ("full", "gpu"):
+    if suite == "gpu":
+        modes = ("trained head", "frozen head", "no gradient")
+        largest = [case(mode, tokens, 128256, 0) for mode in modes]
+        return [*largest, case(MEAN_LOSS, 4096, 128256, 0), case("trained head", tokens, 128256, 25)]
+    if suite == "full":
         return [case(mode, tokens, vocab, 25) for vocab in (32000, 128256) for mode in MODES]
     if suite == "grid":
         return [case("no gradient", n, vocab, 25) for n in (2048, 4096) for vocab in (32000, 128256)]
@@ -73,38 +79,44 @@ def cases(suite: str, device: str) -> list[Case]:
 
 
 def setup(case: Case, device: str) -> Inputs:
-    shape, generator = case.shape, torch.Generator().manual_seed(0)
+    shape, generator = case.shape, torch.Generator(device).manual_seed(0)
     n, h, v = shape["tokens"], shape["hidden"], shape["vocab"]
-    hidden = torch.randn(n, h, generator=generator).to(device, case.dtype)
-    weight = torch.randn(v, h, generator=generator).mul(2 * h**-0.5).to(device, case.dtype)
-    labels = torch.randint(v, (n,), generator=generator)
-    labels[torch.randperm(n, generator=generator)[case.trained_tokens :]] = -100
-    upstream = torch.rand(n, generator=generator).div(n)
+    on = {"generator": generator, "device": device}
+    hidden = torch.randn(n, h, **on).to(case.dtype)
+    weight = torch.randn(v, h, **on).mul_(2 * h**-0.5).to(case.dtype)
+    labels = torch.randint(v, (n,), **on)
+    labels[torch.randperm(n, **on)[case.trained_tokens :]] = -100
+    upstream = torch.rand(n, **on).div(n)
     if case.mode != "no gradient":
         hidden.requires_grad_()
-        weight.requires_grad_(case.mode == "trained head")
-    return Inputs(hidden, weight, labels.to(device), upstream.to(device))
+        weight.requires_grad_(case.mode.startswith("trained head"))
+    return Inputs(hidden, weight, labels, upstream)
 
 
 def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
-    """name -> run(inputs), which returns (logps of the rows that count, gradients of hidden and weight)."""
+    """name -> run(inputs), which returns (logps of the rows that count or their mean, gradients of hidden, weight)."""
+    mean = case.mode == MEAN_LOSS
 
     def of(logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Inputs], Any]:
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
-            return _run(inputs, logps(*inputs.compact, inputs.weight), inputs.upstream[inputs.labels != -100])
+            return _run(inputs, logps(*inputs.compact, inputs.weight), inputs.upstream[inputs.labels != -100], mean)
 
         return run
 
     def fastpo(inputs: Inputs) -> tuple[Tensor, ...]:
-        return _run(inputs, linear_token_logprobs(inputs.hidden, inputs.weight, inputs.labels), inputs.upstream)
+        logps = linear_token_logprobs(inputs.hidden, inputs.weight, inputs.labels)
+        return _run(inputs, logps, inputs.upstream, mean)
 
     compiled = torch.compile(eager, dynamic=False)
     runs = {"fastpo": fastpo, "torch eager": of(eager), "torch.compile": of(compiled)}
-    return runs | {name: of(peer) for name, peer in peers().items()}
+    return runs | {name: of(peer) for name, peer in (peers() | (mean_peers() if mean else {})).items()}
 
 
-def _run(inputs: Inputs, logps: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+def _run(inputs: Inputs, logps: Tensor, upstream: Tensor, mean: bool) -> tuple[Tensor, ...]:
     leaves = [leaf for leaf in (inputs.hidden, inputs.weight) if leaf.requires_grad]
+    if mean:
+        value = logps.mean()
+        return (value.detach(), *torch.autograd.grad(value, leaves))
     grads = torch.autograd.grad(logps, leaves, upstream.to(logps.dtype)) if leaves else ()
     return (logps.detach(), *grads)
 
@@ -136,7 +148,36 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         found["cut-cross-entropy"] = lambda h, y, w: -linear_cross_entropy(h, w, y, reduction="none", impl=impl)
     except ImportError:
         pass
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+        if torch.cuda.is_available():
+            found["liger"] = lambda h, y, w: -_first(LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, y))
+    except ImportError:
+        pass
     return found
+
+
+def mean_peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """What is installed of: (hidden [N, H], labels [N], weight) -> mean log-prob []."""
+    found = {}
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+        found["liger, mean loss"] = lambda h, y, w: -_first(LigerFusedLinearCrossEntropyFunction.apply(h, w, y))
+    except ImportError:
+        pass
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        found["quack"] = lambda h, y, w: -chunked_linear_cross_entropy(h, w, y)
+    except ImportError:
+        pass
+    return found
+
+
+def _first(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def bytes_moved(case: Case) -> int:
@@ -157,13 +198,13 @@ def _gemms(case: Case) -> float:
         dtype=case.dtype,
         device=case.device,
         hidden_grad=case.mode != "no gradient",
-        head_grad=case.mode == "trained head",
+        head_grad=case.mode.startswith("trained head"),
     ).gemms
 
 
 def ceiling(case: Case) -> tuple[Callable[[Inputs], Any], int]:
     """The GEMMs that the mode needs at least, on tiles whose operands are at hand, and their operations."""
-    least = {"no gradient": 1, "frozen head": 2, "trained head": 3}[case.mode]
+    least = {"no gradient": 1, "frozen head": 2}.get(case.mode, 3)
     rows, width = 2048, 1024
 
     def run(inputs: Inputs) -> None:
@@ -189,7 +230,13 @@ def check(case: Case, inputs: Inputs, outputs: dict[str, Any]) -> None:
     for name, (other, *other_grads) in outputs.items():
         if name.startswith("fastpo"):
             continue
-        torch.testing.assert_close(other.float(), logps[kept], rtol=tolerance, atol=tolerance, msg=f"logps of {name}")
+        torch.testing.assert_close(
+            other.float(),
+            logps if logps.dim() == 0 else logps[kept],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=f"logps of {name}",
+        )
         for ours, theirs in zip(grads, other_grads, strict=True):
             largest = largest_difference(ours, theirs)
             assert largest <= tolerance, f"gradient of {name} is off by {largest:.1e} of its largest element"

@@ -23,7 +23,7 @@ from fastpo.kernels.tree_attention import AttentionBlocks, attention_blocks, cpu
 from fastpo.trees import build_tree
 from fastpo.types import TokenTree
 
-_GEMM = 1536
+_GEMM = 8192 if torch.cuda.is_available() else 1536
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,17 @@ def forest(name: str) -> TokenTree:
         "solutions, few-shot": lambda: solutions(1024),
         "search 2-2-2": lambda: search((2, 2, 2), 64),
         "search 5-3-3-2-2": lambda: search((5, 3, 3, 2, 2), 24),
+        "one prompt, 8 answers": lambda: search((8,), 1820),
         "chain": lambda: build_tree([list(range(2048))], 1),
         "small": lambda: search((2, 2), 5),
     }
     return makers[name]()
 
 
-def case(name: str, mode: str, dtype: torch.dtype = torch.float32, heads: int = 8, kv_heads: int = 8) -> Case:
-    shape = {"tokens": forest(name).num_nodes, "heads": heads, "kv_heads": kv_heads, "size": 64}
+def case(
+    name: str, mode: str, dtype: torch.dtype = torch.float32, heads: int = 8, kv_heads: int = 8, size: int = 64
+) -> Case:
+    shape = {"tokens": forest(name).num_nodes, "heads": heads, "kv_heads": kv_heads, "size": size}
     return Case(name, mode, dtype, shape)
 
 
@@ -98,8 +101,11 @@ def cases(suite: str, device: str) -> list[Case]:
     if suite == "small":
         return [case("small", "forward_backward"), case("small", "forward")]
     if suite == "gpu":
-        names = ("solutions", "solutions, few-shot", "search 2-2-2", "search 5-3-3-2-2")
-        return [case(name, "forward_backward", torch.bfloat16, 32, 8) for name in names]
+        large = [
+            case("one prompt, 8 answers", mode, torch.bfloat16, 32, 8, 128) for mode in ("forward", "forward_backward")
+        ]
+        names = ("solutions, few-shot", "search 5-3-3-2-2")
+        return [*large, *(case(name, "forward_backward", torch.bfloat16, 32, 8, 128) for name in names)]
     names = ("solutions", "solutions, few-shot", "search 2-2-2")
     quick = [case(name, mode) for name in names for mode in ("forward_backward", "forward")]
     if suite == "quick":
@@ -136,7 +142,7 @@ def setup(case: Case, device: str) -> Inputs:
         paths,
         [[_by_head(x.detach()[path]).requires_grad_() for x in qkv] for path in paths],
         [_by_head((grad_out / times)[path]) for path in paths],
-        _flex_mask(tree) if case.mode == "forward" and device == "cpu" else None,
+        _flex_mask(tree) if case.mode == "forward" or device == "cuda" else None,
     )
 
 
@@ -171,10 +177,10 @@ def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
         "sdpa, dense mask": of(dense),
         "sdpa, each path": each_path,
     }
-    if not backward and case.name != "small":
+    if (not backward or torch.cuda.is_available()) and case.name != "small":
         flex = _flex_attention()
         runs["flex_attention"] = of(
-            lambda x: _by_token(flex(*(_by_head(y.detach()) for y in x.qkv), block_mask=x.flex_mask))
+            lambda x: _by_token(flex(*map(_by_head, x.qkv), block_mask=x.flex_mask, enable_gqa=grouped))
         )
     return runs
 
