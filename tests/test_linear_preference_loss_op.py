@@ -71,7 +71,7 @@ def test_the_gradient_of_the_weight_lends_its_memory():
 
 
 def test_no_memory_is_lent_where_tiles_would_get_small(monkeypatch):
-    """The weight's gradient holds logits of H = 64 rows: that is taken where the budget holds too few, and only there."""
+    """The weight's gradient holds logits of H = 64 rows, taken where the budget holds too few and only there."""
     monkeypatch.setattr(planning, "_LARGEST_TILE", {"cpu": (2048, 1024)})
     given = (Segments(torch.tensor([0, 500, 1000])), Pairs(torch.tensor([[0, 1]])), 5000, 64)
     (free,), (tight,) = plan(*given).groups, plan(*given, memory_budget=20_000_000).groups
