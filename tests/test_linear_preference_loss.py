@@ -144,9 +144,10 @@ def test_upstream_gradient_and_a_retained_graph():
     loss = linear_preference_loss(*given, problem.objective).loss
     once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     again = torch.autograd.grad(loss, (hidden, weight), torch.tensor(1.0).expand(()), retain_graph=True)
-    thrice = torch.autograd.grad(3 * loss, (hidden, weight))
-    for a, b, c in zip(once, again, thrice, strict=True):
-        assert torch.equal(a, b) and torch.equal(3 * a, c)
+    thrice = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, (hidden, weight))  # the last one: what was saved is scaled in place
+    for a, b, c, d in zip(once, again, thrice, twice, strict=True):
+        assert torch.equal(a, b) and torch.equal(3 * a, c) and torch.equal(2 * a, d)
 
 
 def test_strided_views_and_batched_hidden_states():

@@ -98,11 +98,20 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
     result: list[Tensor | None] = [None] * len(_NAMES)
     if upstream is None:
         return tuple(result)
-    untouched = _is_one(upstream)
+    last, by_one = _is_last(upstream), _is_one(upstream)
     for place, made in zip(_PLACES, ctx.saved_tensors, strict=True):
-        if ctx.needs_input_grad[place]:
-            result[place] = made if untouched else upstream.to(made.dtype) * made
+        if not ctx.needs_input_grad[place]:
+            continue
+        if last:
+            result[place] = made if by_one else made.mul_(upstream.to(made.dtype))
+        else:
+            result[place] = upstream.to(made.dtype) * made
     return tuple(result)
+
+
+def _is_last(upstream: Tensor) -> bool:
+    """Whether no other backward will ask for what was saved: then it may be given away. Never while compiling."""
+    return type(upstream) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _is_one(upstream: Tensor) -> bool:
@@ -179,9 +188,9 @@ def linear_preference_loss(
     Cost, in F = 2 R H V operations, R counting the hidden rows that predict tokens that count: 1F without gradient,
     **2F** with a frozen head, **3F** with a trained one, 1F more for ``ref_hidden``; connected sequences that alone
     exceed the budget have part of their logits computed again (up to 4F). ``plan`` says it for given segments.
-    dweight is summed over tokens in fp32 and rounded once. The backward of ``loss`` itself multiplies nothing and
-    copies nothing on a CPU; another upstream gradient than 1 allocates the gradients a second time. Deterministic;
-    independent of the grouping up to the rounding of sums. Source: derived in this folder's README.
+    dweight is summed over tokens in fp32 and rounded once. The backward of ``loss`` itself multiplies nothing on a CPU;
+    another upstream gradient than 1 scales the gradients in place. Where the graph is retained they are copied.
+    Deterministic; independent of the grouping up to the rounding of sums. Source: derived in this folder's README.
     """
     hidden, weight, bias, lora = _under_autocast(hidden, parallel.local(weight, None), bias, lora)
     check_tensors(hidden, weight, labels, bias, rows, lora)
