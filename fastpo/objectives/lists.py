@@ -63,7 +63,6 @@ def list_mle_loss(scores: Tensor, present: Tensor, relevance: Tensor | None) -> 
         scores, present = scores.gather(1, order), present.gather(1, order)
     place = torch.arange(scores.shape[1], device=scores.device)
     behind = present[:, None] & (place >= place[:, None])  # [G, K, K] whether j is there, at k or behind it
-    behind = behind | ~present[:, :, None]  # rows of absent members do not count, and should not be NaN
     totals = scores[:, None].masked_fill(~behind, -torch.inf).logsumexp(2)  # [G, K]
     return torch.where(present, totals - scores, 0.0).sum(1)
 

@@ -1,4 +1,4 @@
-"""``token_kl`` and ``linear_token_kl``: schemas, autograd, public functions. PyTorch and library GEMMs, in chunks.
+"""``token_kl`` and ``linear_token_kl``: schemas, autograd, public functions; library GEMMs, in chunks.
 
 N rows (tokens), V vocabulary entries, H and H' hidden sizes of policy and reference.
 """
@@ -9,13 +9,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.dispatch import Backend, Op, always, triton_missing
 from fastpo.kernels.linear_token_logprobs import gemm
 
-from .reference import Head, divergence, slope
+from . import reference
+from .reference import Head
 
 LOGITS_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # bytes of one fp32 tile of logits: what caches, and launches, like
 DEFAULT_BUDGET = 1 << 30
 TILES = 6  # of the size of a chunk's logits that are alive at a time
+
+
+class _Triton:
+    """Imports the kernels when they first run: triton is not installed everywhere."""
+
+    def __getattr__(self, name: str) -> Any:
+        from . import triton_kernels
+
+        return getattr(triton_kernels, name)
+
+
+def _not_float64(dtype: torch.dtype) -> str | None:
+    return "float64 is handled in float64, in plain PyTorch" if dtype == torch.float64 else None
+
+
+OP = Op(
+    "token_kl",
+    [
+        Backend("triton", "cuda", triton_missing, _not_float64, _Triton()),
+        Backend("torch", "any", always, always, reference),
+    ],
+)
+
+
+def _run(like: Tensor) -> Any:
+    """The functions of one tile, ``divergence`` and ``slope``, of the backend for these."""
+    return OP.pick(like.device, like.dtype).impl
+
 
 # ---------------------------------------------------------------- from logits
 
@@ -24,11 +54,10 @@ TILES = 6  # of the size of a chunk's logits that are alive at a time
 def _forward_op(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    head = Head(temperature, scale, softcap)
+    head, run = Head(temperature, scale, softcap), _run(logits)
     kl, norms = _forward_fake(logits, ref_logits, mask, temperature, scale, softcap)
     for rows in _chunks(len(logits), _logits_rows(logits)):
-        z, ref_z = (head.apply(x[rows].to(kl.dtype)) for x in (logits, ref_logits))
-        kl[rows], norms[0, rows], norms[1, rows] = divergence(z, ref_z)
+        kl[rows], norms[:, rows] = run.divergence(logits[rows], ref_logits[rows], head)
     return (kl if mask is None else kl.masked_fill_(~mask, 0.0)), norms
 
 
@@ -49,20 +78,19 @@ def _backward_op(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    head = Head(temperature, scale, softcap)
-    result = torch.empty_like(logits)
+    head, run = Head(temperature, scale, softcap), _run(logits)
+    factor = grad if mask is None else torch.where(mask, grad, 0.0)
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for rows in _chunks(len(logits), _logits_rows(logits)):
-        z, ref_z = (head.apply(x[rows].to(norms.dtype)) for x in (logits, ref_logits))
-        chunk = slope(z, ref_z, norms[0, rows], norms[1, rows], head).mul_(grad[rows, None])
-        if mask is not None:
-            chunk.masked_fill_(~mask[rows, None], 0.0)
-        result[rows] = chunk
+        own = norms[:, rows].contiguous()
+        chunk = run.slope(logits[rows], ref_logits[rows], own, factor[rows].contiguous(), head, logits.dtype)
+        result[rows] = chunk if mask is None else chunk.masked_fill_(~mask[rows, None], 0.0)
     return result
 
 
 @_backward_op.register_fake
 def _(grad, logits, ref_logits, mask, norms, temperature, scale, softcap):
-    return torch.empty_like(logits)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -136,16 +164,15 @@ class _Operands(NamedTuple):
     ref_bias: Tensor | None  # [V]
     kept: Tensor | None  # [M] int64, of N rows; None: all
 
-    def tile(self, rows: slice, head: Head) -> tuple[Tensor, Tensor]:
-        """z and ref_z [R, V] of a chunk."""
-        models = (self.hidden, self.weight, self.bias), (self.ref_hidden, self.ref_weight, self.ref_bias)
-        z, ref_z = (_logits(hidden[rows], weight, bias, head) for hidden, weight, bias in models)
-        return z, ref_z
+    def tile(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Both models' logits [R, V] of a chunk, fp32."""
+        own = _logits(self.hidden[rows], self.weight, self.bias)
+        return own, _logits(self.ref_hidden[rows], self.ref_weight, self.ref_bias)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = gemm.logits(hidden, weight)
-    return head.apply(x if bias is None else x.add_(bias.to(x.dtype)))
+    return x if bias is None else x.add_(bias.to(x.dtype))
 
 
 def _operands(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask) -> _Operands:
@@ -170,17 +197,18 @@ def _linear_op(
     hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """[N] K and [N, H] dK/dhidden (empty unless asked for)."""
-    head = Head(temperature, scale, softcap)
+    head, run = Head(temperature, scale, softcap), _run(hidden)
     both = _operands(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask)
     wide = gemm.wide(hidden.dtype)
     kl = hidden.new_zeros(len(hidden), dtype=wide)
     grads = hidden.new_zeros(hidden.shape if hidden_grad else (0, hidden.shape[1]), dtype=wide)
     for rows in _chunks(len(both.hidden), chunk):
-        z, ref_z = both.tile(rows, head)
+        logits, ref_logits = both.tile(rows)
         place = rows if both.kept is None else both.kept[rows]
-        kl[place], norm, ref_norm = divergence(z, ref_z)
+        kl[place], norms = run.divergence(logits, ref_logits, head)
         if hidden_grad:
-            grads[place] = gemm.times(slope(z, ref_z, norm, ref_norm, head).to(both.weight.dtype), both.weight)
+            own = run.slope(logits, ref_logits, norms, None, head, both.weight.dtype)
+            grads[place] = gemm.times(own, both.weight)
     return kl, grads
 
 
@@ -207,16 +235,17 @@ def _linear_backward_op(
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """[V, H] dweight and [V] dbias: the logits again, and one GEMM more."""
-    head = Head(temperature, scale, softcap)
+    head, run = Head(temperature, scale, softcap), _run(hidden)
     both = _operands(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask)
     wide = gemm.wide(hidden.dtype)
     dweight, dbias = weight.new_zeros(weight.shape, dtype=wide), weight.new_zeros(len(weight), dtype=wide)
     for rows in _chunks(len(both.hidden), chunk):
-        z, ref_z = both.tile(rows, head)
-        upstream = grad[rows if both.kept is None else both.kept[rows]]
-        tile = slope(z, ref_z, z.logsumexp(1), ref_z.logsumexp(1), head).mul_(upstream[:, None])
-        dweight += gemm.outer(tile.to(both.hidden.dtype), both.hidden[rows])
+        logits, ref_logits = both.tile(rows)
+        upstream = grad[rows if both.kept is None else both.kept[rows]].to(wide).contiguous()
+        _, norms = run.divergence(logits, ref_logits, head)
+        tile = run.slope(logits, ref_logits, norms, upstream, head, wide)
         dbias += tile.sum(0)
+        dweight += gemm.outer(tile.to(both.hidden.dtype), both.hidden[rows])
     return dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
 
 

@@ -40,23 +40,28 @@ def spec(logits: Tensor, ref_logits: Tensor, mask: Tensor | None, head: Head) ->
     return kl if mask is None else torch.where(mask, kl, 0.0)
 
 
-def divergence(z: Tensor, ref_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[R] KL, [R] logsumexp of z, [R] of ref_z, from z and ref_z [R, V] in the type that is computed in.
+def divergence(x: Tensor, ref_x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """[R] KL and [2, R] logsumexps of z and ref_z, from logits x and ref_x [R, V], fp32 (fp64 of fp64 logits).
 
     Term by term ``q (d - 1 + e^-d)``, d = log q - log p, in place of ``q d``: the same sum, since p and q sum to 1, of
     terms that are never negative and of second order where p is near q. So K is not the rounding of what cancels.
     """
-    norm, ref_norm = z.logsumexp(1), ref_z.logsumexp(1)
-    logq = ref_z - ref_norm[:, None]
-    d = logq - (z - norm[:, None])
-    q = logq.exp()
+    z, ref_z = _z(x, head), _z(ref_x, head)
+    norms = torch.stack((z.logsumexp(1), ref_z.logsumexp(1)))
+    logp, logq = z - norms[0, :, None], ref_z - norms[1, :, None]
+    d, q = logq - logp, logq.exp()
     terms = torch.expm1(-d).add_(d).mul_(q)
     # Where q is 0 in this type, what is left of the term is p.
     lost = q < torch.finfo(q.dtype).tiny
-    return torch.where(lost, (z - norm[:, None]).exp(), terms).sum(1), norm, ref_norm
+    return torch.where(lost, logp.exp(), terms).sum(1), norms
 
 
-def slope(z: Tensor, ref_z: Tensor, norm: Tensor, ref_norm: Tensor, head: Head) -> Tensor:
-    """[R, V] dKL/dx = (p - q) dz/dx, written over z where that has no softcap."""
-    own = head.slope(z)
-    return (z - norm[:, None]).exp_().sub_((ref_z - ref_norm[:, None]).exp_()).mul_(own)
+def slope(x: Tensor, ref_x: Tensor, norms: Tensor, factor: Tensor | None, head: Head, dtype: torch.dtype) -> Tensor:
+    """[R, V] dKL/dx = (p - q) dz/dx, times factor [R] where there is one, in ``dtype``. norms as of ``divergence``."""
+    z = _z(x, head)
+    own = (z - norms[0, :, None]).exp_().sub_((_z(ref_x, head) - norms[1, :, None]).exp_()).mul_(head.slope(z))
+    return (own if factor is None else own.mul_(factor[:, None])).to(dtype)
+
+
+def _z(x: Tensor, head: Head) -> Tensor:
+    return head.apply(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
