@@ -164,9 +164,9 @@ def _by_row(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _aot(kernel: Any, label: str, dtype: str, absent: tuple[str, ...] = ()) -> AotConfig:
+def _aot(kernel: Any, label: str, dtype: str, absent: tuple[str, ...] = (), out: str = "") -> AotConfig:
     element, types = f"*{dtype}:16", dict.fromkeys(("scale", "softcap", "inverse_temperature"), "fp32")
-    types |= dict.fromkeys(("x_ptr", "ref_ptr", "out_ptr"), element)
+    types |= {"x_ptr": element, "ref_ptr": element, "out_ptr": f"*{out or dtype}:16"}
     types |= dict.fromkeys(("kl_ptr", "norms_ptr", "factor_ptr"), "*fp32:16")
     types |= dict.fromkeys(("x_stride", "ref_stride", "out_stride", "width", "norms_stride"), "i32:16")
     constants = {"BLOCK": BLOCK} | dict.fromkeys(absent)
@@ -183,4 +183,7 @@ AOT = [
         _aot(_slope_kernel, "plain", dtype, ("softcap", "factor_ptr")),
         _aot(_slope_kernel, "everything", dtype),
     )
+]
+AOT += [
+    _aot(_slope_kernel, f"for {dtype} products", "fp32", ("softcap", "factor_ptr"), dtype) for dtype in ("bf16", "fp16")
 ]
