@@ -126,14 +126,14 @@ def measurements() -> list[Part]:
 def ceilings() -> None:
     """Two rows: what shares of the floor refer to on this GPU."""
     import torch
-    from measure import Row, append, interleaved, machine, percentile
+    from measure import Row, append, machine, measured, percentile
 
     source = torch.randint(256, (2**31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     runs = {"copy": lambda _: target.copy_(source), "bf16 GEMM": lambda _: a @ b}
     amounts = {"copy": (2 * len(source), "GB/s", "bytes=2^31"), "bf16 GEMM": (2 * 8192**3, "GFLOP/s", "M=N=K=8192")}
-    times, where = interleaved(runs, None, "cuda", 2.0), machine("cuda")
+    times, where = measured(runs, None, "cuda", 2.0)[0], machine("cuda")
     for name, (amount, unit, shape) in amounts.items():
         p20, p50, p80 = (percentile(times[name], share) for share in (0.2, 0.5, 0.8))
         case = {"op": "ceiling", "case": name, "mode": "read and written" if name == "copy" else "", "shape": shape}

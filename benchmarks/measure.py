@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,20 @@ class Row:
     speedup: float  # p50 of this implementation over p50 of fastpo
 
 
-def interleaved(
+def measured(
     runs: dict[str, Callable[[Any], Any]],
     inputs: Any,
     device: str,
     seconds: float,
     refresh: Callable[[Any], None] = lambda inputs: None,
-) -> dict[str, list[float]]:
-    """Seconds per call of each implementation, run in turn (A B C A B C ...) so that drift hits all alike.
+    rounds: int | None = None,
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """(seconds of each call, MiB at the peak) by name, run in turn (A B C A B C ...) so that drift hits all alike.
 
-    At least five rounds after one for warming up; three, the first one among them, where a round is dear.
+    At least five rounds after one for warming up, until ``seconds`` are over, and a call each for memory. Where one
+    round takes longer than that: three, the first one among them, memory read in the last. ``rounds``: so many, likewise.
     """
-    clock = stopwatch(device)
+    clock, peaks = stopwatch(device), {}
 
     def one_round() -> dict[str, float]:
         taken = {}
@@ -63,33 +66,31 @@ def interleaved(
             taken[name] = clock(run, inputs)
         return taken
 
-    start = time.perf_counter()
-    first = one_round()
-    dear = time.perf_counter() - start > seconds
-    rounds = [first] if dear else []
-    while len(rounds) < (3 if dear else 5) or time.perf_counter() - start < seconds:
-        rounds.append(one_round())
-    return {name: [taken[name] for taken in rounds] for name in runs}
-
-
-def counted(
-    runs: dict[str, Callable[[Any], Any]], inputs: Any, device: str, rounds: int, refresh: Callable[[Any], None]
-) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """(seconds, MiB at the peak) by name: in turn for ``rounds`` rounds, the last of which also reads memory.
-
-    For calls that take seconds: nothing is run for warming up (the gate did), nor for memory alone.
-    """
-    clock = stopwatch(device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, float | None] = {}
-    for left in reversed(range(rounds)):
+    def last_round() -> dict[str, float]:
+        taken = {}
         for name, run in runs.items():
             refresh(inputs)
-            if left:
-                times[name].append(clock(run, inputs))
-            else:
-                peaks[name] = peak_memory(lambda x, name=name: times[name].append(clock(runs[name], x)), inputs, device)
-    return times, peaks
+            timed = partial(_keep, taken, name, clock, run)
+            peaks[name] = peak_memory(timed, inputs, device)
+        return taken
+
+    start = time.perf_counter()
+    found = [one_round()]
+    if rounds or time.perf_counter() - start > seconds:
+        found += [one_round() for _ in range((rounds or 3) - 2)]
+        found.append(last_round())
+    else:
+        found = []
+        while len(found) < 5 or time.perf_counter() - start < seconds:
+            found.append(one_round())
+        last_round()
+    return {name: [taken[name] for taken in found] for name in runs}, peaks
+
+
+def _keep(
+    taken: dict[str, float], name: str, clock: Callable[..., float], run: Callable[[Any], Any], inputs: Any
+) -> None:
+    taken[name] = clock(run, inputs)
 
 
 def stopwatch(device: str) -> Callable[[Callable[[Any], Any], Any], float]:

@@ -9,6 +9,7 @@ checked to compute the same thing, then run in turn in one process. Rows are app
 """
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -26,10 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 from base import compare  # noqa: E402
 from discovery import benches, identity, refresher, work  # noqa: E402
-from measure import RESULTS, Row, append, counted, interleaved, machine, peak_memory, percentile, read  # noqa: E402
+from measure import RESULTS, Row, append, machine, measured, percentile, read  # noqa: E402
 from verify import brief, gate_all  # noqa: E402
 
-MINUTES = {"quick": 5.0, "full": 20.0, "gpu": 4.0, "grid": 35.0}
+MINUTES = {"quick": 12.0, "full": 20.0, "gpu": 4.0, "grid": 35.0}
 
 
 def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
@@ -38,20 +39,6 @@ def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
         return runs
     prefixes = ("fastpo", *(peer for peer in peers if peer != "none"))
     return {name: run for name, run in runs.items() if name.startswith(prefixes)}
-
-
-def timings(
-    runs: dict[str, Any], inputs: Any, arguments: argparse.Namespace, refresh: Any
-) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """(seconds of each call, MiB at the peak) of each implementation."""
-    device = arguments.device
-    if arguments.rounds:
-        return counted(runs, inputs, device, arguments.rounds, refresh)
-    times, peaks = interleaved(runs, inputs, device, arguments.seconds, refresh), {}
-    for name, run in runs.items():
-        refresh(inputs)
-        peaks[name] = peak_memory(run, inputs, device)
-    return times, peaks
 
 
 def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, where: dict[str, Any]) -> list[Row]:
@@ -64,7 +51,7 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
     refresh = refresher(bench, case)
     bound, bound_work = bench.ceiling(case) if hasattr(bench, "ceiling") else (None, 0)
     timed = runs if bound is None else {**runs, "ceiling": bound}
-    times, peaks = timings(timed, inputs, arguments, refresh)
+    times, peaks = measured(timed, inputs, device, arguments.seconds, refresh, arguments.rounds)
     amount, unit, scale = work(bench, case)
     floor = math.nan if bound is None else amount / bound_work * percentile(times["ceiling"], 0.5)  # seconds
     ours = percentile(times["fastpo"], 0.5)
@@ -91,11 +78,8 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
 
 
 def print_rows(rows: list[Row]) -> None:
-    head = rows[0]
-    print(f"\n{head.op}  {head.case}  {head.mode}  {head.dtype}  {head.shape}")
-    print(
-        f"  {'':36s} {'p50 ms':>10s} {'p20-p80':>21s} {'peak MiB':>9s} {head.unit or 'rate':>9s} {'floor':>6s}  fastpo"
-    )
+    unit = rows[0].unit or "rate"
+    print(f"  {'':36s} {'p50 ms':>10s} {'p20-p80':>21s} {'peak MiB':>9s} {unit:>9s} {'floor':>6s}  fastpo")
     for row in rows:
         spread, peak = f"{row.p20_ms:.3f}-{row.p80_ms:.3f}", "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         rate = "-" if row.rate is None else f"{row.rate:.1f}"
@@ -127,34 +111,49 @@ def print_summaries(rows: list[dict[str, str]], arguments: argparse.Namespace) -
             print(f"\n{op}, {arguments.suite}:", *bench.summary(found), sep="\n  ")
 
 
+def wanted(arguments: argparse.Namespace, where: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(op, module, case) of all that is to be timed: the first case of every op, the second of every op, ..."""
+    done = done_cases(where) if arguments.skip_done else set()
+    by_op = [
+        [(op, bench, case) for case in bench.cases(arguments.suite, arguments.device)]
+        for op, bench in benches(arguments.ops).items()
+    ]
+    in_turn = (found for turn in itertools.zip_longest(*by_op) for found in turn if found)
+    return [
+        (op, bench, case)
+        for op, bench, case in in_turn
+        if tuple(identity(op, case).values()) not in done and all(part in label(op, case) for part in arguments.cases)
+    ]
+
+
+def label(op: str, case: Any) -> str:
+    return " ".join(identity(op, case).values())
+
+
 def measure(arguments: argparse.Namespace) -> int:
     """Runs the suite, prints and appends rows; the number of cases that failed."""
-    where, begin, failed, left_out, measured = machine(arguments.device), time.perf_counter(), [], [], []
+    where, begin, failed, left_out, rows = machine(arguments.device), time.perf_counter(), [], [], []
     print(f"{where['device']}, {where['threads']} threads, commit {where['commit']}, {where['versions']}")
-    done = done_cases(where) if arguments.skip_done else set()
-    for op, bench in benches(arguments.ops).items():
-        for case in bench.cases(arguments.suite, arguments.device):
-            label = " ".join(identity(op, case).values())
-            if not all(part in label for part in arguments.cases):
-                continue
-            if tuple(identity(op, case).values()) in done:
-                continue
-            if time.perf_counter() - begin > 60 * arguments.minutes:
-                left_out.append(label)
-                continue
-            try:
-                rows = run_case(op, bench, case, arguments, where)
-            except Exception as error:
-                failed.append(f"{label}: {brief(error)}")
-                traceback.print_exc()
-                continue
-            print_rows(rows)
-            measured += rows
-            if not arguments.dry_run:
-                append(rows)
-    in_dry_run = [{name: str(value) for name, value in asdict(row).items()} for row in measured]
+    cases = wanted(arguments, where)
+    for number, (op, bench, case) in enumerate(cases, start=1):
+        minutes = (time.perf_counter() - begin) / 60
+        if minutes > arguments.minutes:
+            left_out.append(label(op, case))
+            continue
+        print(f"\n[{number} of {len(cases)}, {minutes:.1f} min] {label(op, case)}", flush=True)
+        try:
+            found = run_case(op, bench, case, arguments, where)
+        except Exception as error:
+            failed.append(f"{label(op, case)}: {brief(error)}")
+            traceback.print_exc()
+            continue
+        print_rows(found)
+        rows += found
+        if not arguments.dry_run:
+            append(found)
+    in_dry_run = [{name: str(value) for name, value in asdict(row).items()} for row in rows]
     print_summaries(in_dry_run if arguments.dry_run else rows_here(where), arguments)
-    print(f"\n{len(measured)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes", end="")
+    print(f"\n{len(rows)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes", end="")
     print("" if arguments.dry_run else f", appended to {os.path.relpath(RESULTS)}")
     for name in left_out:
         print(f"left out after {arguments.minutes:g} minutes (--skip-done goes on there): {name}")
@@ -172,7 +171,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", default=[], help="only cases whose line has all of these words")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each case (default: 3)")
     parser.add_argument("--rounds", type=int, help="exactly so many rounds, memory read in the last one")
-    parser.add_argument("--minutes", type=float, help="no case is begun after these (default: 5 quick, 20 full, 4 gpu)")
+    parser.add_argument("--minutes", type=float, help="no case is begun after these (default: 12 quick, 20 full)")
     parser.add_argument("--skip-done", action="store_true", help="leave out cases with rows of this commit and device")
     parser.add_argument("--base", metavar="REV", help="time this checkout's fastpo against that of another commit")
     parser.add_argument("--dry-run", action="store_true", help="print the tables, leave results.csv alone")

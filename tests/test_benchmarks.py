@@ -51,6 +51,7 @@ def test_benches_are_found_and_have_a_headline():
     assert {path.parent.name for path in (ROOT / "kernels").glob("*/bench.py")} <= found.keys()
     for name, bench in found.items():
         assert bench.cases("quick", "cpu"), name
+        assert not bench.cases("no such suite", "cpu"), name
     with pytest.raises(SystemExit, match="no_such_op"):
         discovery.benches(["no_such_op"])
 
@@ -76,14 +77,21 @@ def test_the_gate_leaves_the_inputs_as_they_are():
     assert inputs.tolist() == [1, 1, 1]
 
 
-def test_calls_are_timed_in_turn_on_fresh_inputs():
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "called", "counted"),
+    [(0.0, None, 3, 3), (0.0, 2, 2, 2), (0.01, None, 7, 5)],
+    ids=["dear", "so many rounds", "cheap: one to warm up, five, one for memory"],
+)
+def test_calls_are_timed_in_turn_on_fresh_inputs(seconds, rounds, called, counted):
     calls = []
     runs = {"a": lambda x: calls.append(("a", x[0])), "b": lambda x: calls.append(("b", x[0]))}
     inputs = [0]
-    times = measure.interleaved(runs, inputs, "cpu", 0.0, lambda x: x.__setitem__(0, x[0] + 1))
+    times, peaks = measure.measured(runs, inputs, "cpu", seconds, lambda x: x.__setitem__(0, x[0] + 1), rounds)
     assert calls == [(name, i + 1) for i, (name, _) in enumerate(calls)]
-    assert [name for name, _ in calls] == ["a", "b"] * 3
-    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+    assert [name for name, _ in calls][: 2 * called] == ["a", "b"] * called
+    assert len(calls) == 2 * called or seconds
+    assert min(len(found) for found in times.values()) >= counted
+    assert peaks.keys() == runs.keys()
 
 
 def test_so_many_rounds_are_timed_and_memory_is_read_in_the_last():

@@ -97,12 +97,10 @@ def cases(suite: str, device: str) -> list[Case]:
     modes = ("trained head", "frozen head")
     if suite == "small":
         return [case(mode, 512, 1000, 25, hidden=64) for mode in modes]
-    if suite == "quick":
+    if suite in ("quick", "full"):
         return [*(case(mode, tokens, 32000, 25) for mode in modes), case("trained head", tokens, 128256, 25)]
     if suite == "gpu":
         return [*(case(mode, tokens, 128256, 0) for mode in modes), case("trained head", tokens, 128256, 25)]
-    if suite == "full":
-        return [case(mode, tokens, vocab, 25) for vocab in GRID[1] for mode in modes]
     if suite == "grid":
         return [case(mode, *point, best_only=True) for point in itertools.product(*GRID) for mode in modes]
     return []

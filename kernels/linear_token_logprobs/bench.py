@@ -65,14 +65,12 @@ def cases(suite: str, device: str) -> list[Case]:
 
     if suite == "small":
         return [case(mode, 256, 1000, 25, hidden=64) for mode in MODES]
-    if suite == "quick":
+    if suite in ("quick", "full"):
         return [*(case(mode, tokens, 32000, 25) for mode in MODES), case("trained head", tokens, 128256, 25)]
     if suite == "gpu":
         modes = ("trained head", "frozen head", "no gradient")
         largest = [case(mode, tokens, 128256, 0) for mode in modes]
         return [*largest, case(MEAN_LOSS, 4096, 128256, 0), case("trained head", tokens, 128256, 25)]
-    if suite == "full":
-        return [case(mode, tokens, vocab, 25) for vocab in (32000, 128256) for mode in MODES]
     if suite == "grid":
         return [case("no gradient", n, vocab, 25) for n in (2048, 4096) for vocab in (32000, 128256)]
     return []
