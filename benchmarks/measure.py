@@ -55,7 +55,7 @@ def measured(
     """(seconds of each call, MiB at the peak) by name, run in turn (A B C A B C ...) so that drift hits all alike.
 
     At least five rounds after one for warming up, until ``seconds`` are over, and a call each for memory. Where one
-    round takes longer than that: three, the first one among them, memory read in the last. ``rounds``: so many, likewise.
+    round takes longer than that: three, the first one among them, memory read in the last; or ``rounds``, likewise.
     """
     clock, peaks = stopwatch(device), {}
 

@@ -94,14 +94,6 @@ def test_calls_are_timed_in_turn_on_fresh_inputs(seconds, rounds, called, counte
     assert peaks.keys() == runs.keys()
 
 
-def test_so_many_rounds_are_timed_and_memory_is_read_in_the_last():
-    calls = []
-    runs = {"a": lambda x: calls.append(("a", x[0])), "b": lambda x: calls.append(("b", x[0]))}
-    times, peaks = measure.counted(runs, [0], "cpu", 2, lambda x: x.__setitem__(0, x[0] + 1))
-    assert calls == [("a", 1), ("b", 2), ("a", 3), ("b", 4)]
-    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2} and peaks.keys() == {"a", "b"}
-
-
 def test_the_summary_of_the_fused_loss_finds_the_worst_points():
     bench = discovery.benches(["linear_preference_loss"])["linear_preference_loss"]
     shape, small = "tokens=2048 hidden=1024 vocab=128256 masked=0 budget=300", "tokens=2048 hidden=1024 vocab=32000"
