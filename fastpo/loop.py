@@ -17,6 +17,7 @@ them need to see the same DIR.
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from fastpo.data import (
 )
 from fastpo.models import PromptResponse, onednn_matmul
 from fastpo.pairs import PairRecord
-from fastpo.references import TOKEN_COLUMNS, Reference, reference_tensors, responses_of, split_by_key
+from fastpo.references import TOKEN_COLUMNS, Reference, needs_kl, reference_tensors, responses_of, split_by_key
 from fastpo.results import result_row
 from fastpo.rewards import load_reward
 from fastpo.run import Run, context_of
@@ -191,15 +192,16 @@ class Loop:
                 weight_decay=self.config.weight_decay,
                 **self._shared_settings(f"iteration_{iteration}"),
             )
+            if reference is not None and needs_kl(self.objective):
+                reference = replace(reference, model=self.run.reference_model(iteration - 1))
             model = self.run.take_model(iteration - 1)
             name = f"iteration {iteration}: training"
             with self.display.progress(name, settings.num_steps(len(pairs))) as bar:
                 history = train_preference(
                     model,
                     pairs,
-                    None if reference is None else reference.logps,
+                    reference,
                     objective=self.objective,
-                    token_columns=None if reference is None else reference.columns,
                     config=settings,
                     output_dir=folder,
                     accelerator=self.run.accelerator,

@@ -6,7 +6,7 @@ same model under opposite prompts, the masks of SparsePO from its uncertainty.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -25,10 +25,16 @@ TOKEN_COLUMNS = ("token_coefs", "weights")  # of Segments, those that `reference
 
 @dataclass(frozen=True)
 class Reference:
-    """Of the responses of an iteration's pairs, by key."""
+    """What training needs of the reference, of the responses of an iteration's pairs, by key."""
 
-    logps: Mapping[str, Tensor]  # key -> [n]
-    columns: Mapping[str, Mapping[str, Tensor]]  # field of Segments -> key -> [n]
+    logps: Mapping[str, Tensor]  # key -> [n] fp32
+    columns: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # field of Segments -> key -> [n]
+    model: PreTrainedModel | None = None  # for the KL over the vocabulary, which moves with the policy
+
+
+def needs_kl(objective: Objective) -> bool:
+    """Whether each step needs the reference's whole distribution, not its log-probs alone: TDPO, SparsePO."""
+    return "segments.kl" in objective.requires or objective.name == "sparse_po"
 
 
 def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:

@@ -201,6 +201,12 @@ class Run:
         self._loaded = None
         return model
 
+    def reference_model(self, iteration: int) -> PreTrainedModel:
+        """M_k once more, beside the one that is trained."""
+        attention = embedded.ATTENTION if self.config.data == "embedded" else None
+        model = load_model(self.model_path(iteration), self.config.dtype, attention)
+        return model.to(self.accelerator.device).requires_grad_(False)
+
     def build_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """The model that the warm start trains: a built one, or the given one."""
         return self._new_model(tokenizer).to(self.accelerator.device)

@@ -50,7 +50,7 @@ def build_objective(config: Config) -> Objective:
         raise FastpoError(str(error)) from error
     rule = RULES[config.pair_rule]
     columns = ("weight",) if config.preferences else ("weight", *rule.columns)
-    supplied = {SUPPLIED[c] for c in columns} | {f"segments.{name}" for name in TOKEN_COLUMNS}
+    supplied = {SUPPLIED[c] for c in columns} | {f"segments.{name}" for name in (*TOKEN_COLUMNS, "kl")}
     missing = sorted(set(objective.requires) - supplied)
     if missing:
         source = "preferences files" if config.preferences else f"pair_rule {config.pair_rule}"

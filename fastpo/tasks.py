@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fastpo.errors import FastpoError
 from fastpo.integrations.head import Head
-from fastpo.models import PromptResponse, collate
+from fastpo.models import Batch, PromptResponse, ResponseScorer, collate
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
+from fastpo.references import Reference, needs_kl
 from fastpo.types import Pairs, Segments
 
 Record = dict[str, float]  # what one step measured
@@ -70,16 +71,19 @@ class PreferenceTask:
     def __init__(
         self,
         pairs: Sequence[PairRecord],
-        ref_logps: Mapping[str, Tensor] | None,
+        reference: Reference | Mapping[str, Tensor] | None,
         objective: Objective,
-        token_columns: Mapping[str, Mapping[str, Tensor]] | None = None,
     ):
         self.pairs = pairs
-        self.ref_logps = ref_logps
         self.objective = objective
-        self.token_columns = token_columns or {}
+        self.reference: Reference | None = Reference(reference) if isinstance(reference, Mapping) else reference
+        self.ref_scorer = None
+        if needs_kl(objective):
+            if self.reference is None or self.reference.model is None:
+                raise FastpoError(f"reference has no model; objective {objective.name} needs its whole distribution")
+            self.ref_scorer = ResponseScorer(self.reference.model)
         self.lengths = [len(p.present) * (p.longest - 1) for p in pairs]
-        _check_reference(pairs, ref_logps, objective)
+        _check_reference(pairs, None if self.reference is None else self.reference.logps, objective)
 
     def normalizer(self, batch: Sequence[int]) -> float:
         return len(batch)
@@ -93,15 +97,22 @@ class PreferenceTask:
             responses |= {key: (prompt, ids) for key, prompt, ids in pair.present}
         packed = collate(list(responses.values())).to(device)
         table = self._table(pairs, list(responses)).to(device)
-        ref_logps = None if self.ref_logps is None else _packed(self.ref_logps, responses, device)
-        columns = {name: _packed(values, responses, device) for name, values in self.token_columns.items()}
+        ref_logps, columns = None, {}
+        if self.reference is not None:
+            ref_logps = _packed(self.reference.logps, responses, device)
+            columns = {name: _packed(values, responses, device) for name, values in self.reference.columns.items()}
+        known = self._reference_states(packed)
 
         index = table.index[:, :2]  # [P, 2]
         here = index >= 0
         lengths = packed.cu_seqlens.diff()[index]  # [P, 2]
-        segments, objective = Segments(packed.cu_seqlens, **columns), self._summed(batch)
+        given_segments, objective = Segments(packed.cu_seqlens, **columns), self._summed(batch)
 
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            segments = given_segments
+            if known is not None:
+                kl = head.token_kl(hidden, *known)  # [R]
+                segments = replace(segments, kl=kl, kl_weights=segments.weights)
             given = (hidden, packed.labels, ref_logps, segments, table, objective)
             out, stats = head.preference_loss(*given, stats=_STATS)
             total = torch.where(here, out.logps[index], 0.0)  # [P, 2]
@@ -125,6 +136,11 @@ class PreferenceTask:
             return out.loss, torch.stack([s.detach().float() for s in sums])
 
         return scorer(packed, of)
+
+    @torch.no_grad()
+    def _reference_states(self, packed: Batch) -> tuple[Head, Tensor] | None:
+        """The reference's head and hidden states [R, H'], where the objective needs its whole distribution."""
+        return None if self.ref_scorer is None else self.ref_scorer(packed, lambda head, hidden: (head, hidden))
 
     def _table(self, pairs: Sequence[PairRecord], keys: Sequence[str]) -> Pairs:
         """The tuples over the sequences named by ``keys``, with the columns that the objective asks for."""

@@ -24,6 +24,7 @@ from fastpo.errors import FastpoError
 from fastpo.models import PromptResponse, ResponseScorer, check_sequences, context_length, split_by_tokens
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
+from fastpo.references import Reference
 from fastpo.tasks import PreferenceTask, Record, SupervisedTask, Task
 
 Log = Callable[[Record], None]
@@ -102,21 +103,20 @@ def train_sft(
 def train_preference(
     model: PreTrainedModel,
     pairs: Sequence[PairRecord],
-    ref_logps: Mapping[str, Tensor] | None,
+    reference: Reference | Mapping[str, Tensor] | None,
     *,
     objective: Objective,
     config: TrainConfig,
     output_dir: str | Path,
     accelerator: Accelerator,
     log: Log,
-    token_columns: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[Record]:
     """Trains ``model`` in place on preference ``pairs``: the mean of ``objective`` over the pairs of a batch.
 
-    ``ref_logps`` maps a response's key to its reference log-probs, [n] fp32 on the CPU; None for an objective with
-    ``ref_coef=0``. ``token_columns``: a field of ``Segments`` to such a map. A response that stands in several pairs of
-    a micro-batch goes through the model once. The gradient is that of the whole batch's mean, however it is split into
-    micro-batches and processes; an objective that couples its batch (``couple``) couples each micro-batch by itself.
+    ``reference``: of each response's key the reference log-probs, [n] fp32 on the CPU, as a mapping or as a Reference
+    with more; None for an objective with ``ref_coef=0``. A response that stands in several pairs of a micro-batch goes
+    through the model once. The gradient is that of the whole batch's mean, however it is split into micro-batches and
+    processes; an objective that couples its batch (``couple``) couples each micro-batch by itself.
 
     Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking
     accuracy; log-probs per response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per
@@ -125,7 +125,7 @@ def train_preference(
     Raises FastpoError before any work for no pairs, for an empty or too long response, and for reference log-probs that
     are missing, of the wrong shape, or not wanted.
     """
-    task = PreferenceTask(pairs, ref_logps, objective, token_columns)
+    task = PreferenceTask(pairs, reference, objective)
     for at, name in enumerate(("chosen", "rejected")):
         sequences = [p.members[at][1:] for p in pairs if p.members[at][0] or not p.present]
         check_sequences(sequences, context_length(model), f"{name} of pairs")

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from fastpo.errors import FastpoError
 from fastpo.kernels.linear_preference_loss import linear_preference_loss
 from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
+from fastpo.kernels.token_kl import linear_token_kl
 from fastpo.objectives import Objective
 from fastpo.types import Pairs, Segments
 
@@ -88,6 +89,16 @@ class Head:
         """``linear_preference_loss`` with this head, on the device of its weight."""
         of = (labels, ref_logps, segments, pairs, objective)
         return linear_preference_loss(hidden, self.weight, *of, **self.settings, **settings)
+
+    def token_kl(self, hidden: Tensor, ref_head: "Head", ref_hidden: Tensor) -> Tensor:
+        """[N] KL(reference || policy) of hidden [N, H] and the reference's hidden states: ``linear_token_kl``."""
+        heads = {"lm_head": self, "the reference's lm_head": ref_head}
+        for name, head in heads.items():
+            if head.lora is not None or isinstance(head.weight, DTensor):
+                raise FastpoError(f"{name} has LoRA or is sharded; the KL needs a whole, plain head")
+        same = {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+        shifts = {"bias": self.bias, "ref_bias": ref_head.bias}
+        return linear_token_kl(hidden, self.weight, ref_hidden, ref_head.weight, **shifts, **same)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
