@@ -56,6 +56,7 @@ class Command:
     arguments: tuple[tuple[str, dict[str, Any]], ...] = ()  # of its own
     recipe: str | None = None  # the recipe where none is given
     subject: tuple[str, str] | None = None  # what stands in place of a recipe: name and help
+    subject_optional: bool = False
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -127,6 +128,8 @@ def _parser(command: Command) -> argparse.ArgumentParser:
         "YAML file of keys, or a shipped one: irpo, scpo, gsm8k, demo",
     )
 
+    optional = command.subject is None or command.subject_optional
+
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise FastpoError(f"{message} (fastpo {command.name} --help)")
@@ -134,12 +137,12 @@ def _parser(command: Command) -> argparse.ArgumentParser:
     parser = Parser(
         [],
         prog=f"fastpo {command.name}",
-        usage=f"fastpo {command.name} {subject.upper() if command.subject else '[RECIPE]'} [--key value ...]",
+        usage=f"fastpo {command.name} {f'[{subject.upper()}]' if optional else subject.upper()} [--key value ...]",
         description=inspect.getdoc(command.run),
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    parser.add_argument(subject, nargs=None if command.subject else "?", help=subject_help)
+    parser.add_argument(subject, nargs="?" if optional else None, help=subject_help)
     for name, settings in command.arguments:
         parser.add_argument(name, *_dashed(name), **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

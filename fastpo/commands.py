@@ -1,11 +1,12 @@
 """What the commands do: thin, over the loop and its stages."""
 
 import argparse
-from itertools import pairwise
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from fastpo import config as keys
 from fastpo import convert, info, stages
@@ -14,15 +15,16 @@ from fastpo.checks import iterations_of
 from fastpo.cli import Command
 from fastpo.config import Config
 from fastpo.console import Display, results_table
-from fastpo.data import Codec, evaluation_prompts, parse_demonstration, read_rows, training_prompts
+from fastpo.data import Codec, evaluation_prompts, read_rows, training_prompts
 from fastpo.errors import FastpoError, RunError
 from fastpo.estimate import describe
 from fastpo.loop import Loop, train
-from fastpo.models import load_model, load_tokenizer
+from fastpo.models import PromptResponse, load_model, load_tokenizer
 from fastpo.pairs import build_pairs, explain_no_pairs
 from fastpo.report import write_report
 from fastpo.rewards import Scorer, load_reward
 from fastpo.run import BUILT_MODELS, context_of, make_accelerator
+from fastpo.score_files import Parts, parse_scored, score_rows, settings_of, write_scores
 
 
 def run_train(config: Config, arguments: argparse.Namespace) -> None:
@@ -176,39 +178,46 @@ def _preference(pair: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_score(config: Config, arguments: argparse.Namespace) -> None:
-    """Log-probs of responses under a model.
+    """Log-probs of responses under a model. What responses to a prompt share is computed once.
 
-    reads:  --input, JSONL of {"prompt", "response"}
-    writes: --out, the same with "logp" (summed over its tokens, end of sequence included), "logp_per_token", "tokens"
+    reads:  FILE or --input, JSONL of {"prompt", "response"}, of {"prompt", "responses": [...]}, or of token ids:
+            {"tokens": [...] or [[...], ...], "start": length of the prompt}
+    writes: --out, the same with "logp" (summed over the response's tokens, end of sequence included), "logp_per_token"
+            and "tokens"; of several responses, a list of these, "scores". *.safetensors: "logps" of every token and
+            "cu_seqlens", where each response's begin
 
-    example:
-      fastpo score --model PATH --input responses.jsonl --out scores.jsonl
+    Stopped anywhere, the same command goes on from there.
+
+    examples:
+      fastpo score responses.jsonl --model PATH --out scores.jsonl
+      fastpo score responses.jsonl --model PATH --out scores.safetensors
     """
+    path = _needed(arguments.file or arguments.input, "input")
     model, codec, accelerator = _model_and_codec(config)
-    path = _needed(arguments.input, "input")
-    rows, _ = read_rows(path, parse_demonstration, skip_bad=config.skip_bad)
-    sequences = [(codec.prompt_ids(row.prompt), codec.response_ids(row.response)) for row in rows]
-    numbered = list(enumerate(sequences))
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
-    kept = codec.fitting(numbered, lengths, lambda n: f"{path}, row {n[0] + 1}")
-    with Display() as display, display.progress("scoring", len(kept)) as bar:
-        packed = stages.packed_logps(model, {str(i): s for i, s in kept}, config, accelerator, bar.advance)
-    offsets = packed["cu_seqlens"].tolist()
-    sums = [packed["logps"][a:b].double().sum().item() for a, b in pairwise(offsets)]
-    write_jsonl(
-        arguments.out,
-        (
-            {
-                "prompt": rows[i].prompt,
-                "response": rows[i].response,
-                "logp": total,
-                "logp_per_token": total / len(sequences[i][1]),
-                "tokens": len(sequences[i][1]),
-            }
-            for (i, _), total in zip(kept, sums, strict=True)
-        ),
-    )
-    print(f"{len(kept)} responses, mean log-prob {sum(sums) / len(sums):.3f} -> {arguments.out}")
+    if accelerator.num_processes > 1:
+        raise FastpoError(f"score runs in one process, not {accelerator.num_processes}; split the file, one each")
+    rows, _ = read_rows(path, parse_scored, skip_bad=config.skip_bad)
+    numbered = [(row, row.sequences(codec)) for row in rows]
+    lengths = [max(len(prompt) + len(response) for prompt, response in own) for _, own in numbered]
+    kept = codec.fitting(numbered, lengths, lambda n: f"{path}, line {n[0].line}")
+    rows, sequences = [row for row, _ in kept], [own for _, own in kept]
+    settings = {name: getattr(config, name) for name in (*_fields(keys.ModelKeys), *_fields(keys.DataKeys))}
+    out, counts = Path(arguments.out), [len(own) for own in sequences]
+    parts = Parts(out, settings_of(path, config.model, settings))
+
+    def score(part: list[PromptResponse]) -> tuple[Tensor, Tensor]:
+        packed = stages.packed_logps(model, {str(i): s for i, s in enumerate(part)}, config, accelerator)
+        return packed["logps"], packed["cu_seqlens"]
+
+    with Display() as display, display.progress("scoring", sum(counts)) as bar:
+        logps, cu_seqlens = score_rows(sequences, score, parts, config.micro_batch_tokens, bar.advance)
+    write_scores(out, rows, counts, logps, cu_seqlens)
+    parts.remove()
+    print(f"{sum(counts)} responses, mean log-prob {float(logps.double().sum()) / sum(counts):.3f} -> {out}")
+
+
+def _fields(keys_of: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(keys_of)]
 
 
 def run_evaluate(config: Config, arguments: argparse.Namespace) -> None:
@@ -323,7 +332,9 @@ COMMANDS = {
             "score",
             run_score,
             (*_MODEL_AND_DATA, keys.TrainingKeys),
-            (_input("responses to score"), _out("scores.jsonl")),
+            (_input("responses to score, where no FILE is given"), _out("scores.jsonl")),
+            subject=("file", "responses to score"),
+            subject_optional=True,
         ),
         Command(
             "evaluate",

@@ -44,7 +44,7 @@ class Preference:
     weight: float = 1.0
 
 
-Row = TypeVar("Row", Prompt, Demonstration, Preference)
+Row = TypeVar("Row")
 Item = TypeVar("Item")
 
 
