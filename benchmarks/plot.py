@@ -1,8 +1,8 @@
 """Draws results.csv and writes what README.md and docs/results.md say of it: ``python benchmarks/plot.py --readme``.
 
 In README.md everything between ``<!-- rows: NAME -->`` and ``<!-- /rows -->`` is written by this script: ``figure``,
-``table`` (the suite "quick"), ``status`` (which op was measured where). docs/results.md holds every case. Without
---readme it only says whether they are current (exit code 1 if not).
+``table`` (the suite "quick"), ``workloads`` (the end-to-end programs), ``status`` (which op was measured where).
+docs/results.md holds every case. Without --readme it only says whether they are current (exit code 1 if not).
 """
 
 import argparse
@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from measure import RESULTS, read  # noqa: E402
 from tables import Result, comparison, headlines, latest, status, where  # noqa: E402
+from workloads import tables  # noqa: E402
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 _BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- /rows -->)", re.DOTALL)
@@ -109,7 +110,7 @@ def digest(results: list[Result]) -> str:
 def blocks(rows: list[dict[str, str]]) -> dict[str, str]:
     """Name of a block of README.md -> its text."""
     cpu, gpu = latest(rows, gpu=False), latest(rows, gpu=True)
-    found = {"figure": "", "table": "", "status": status(cpu, gpu) + "\n"}
+    found = {"figure": "", "table": "", "status": status(cpu, gpu) + "\n", "workloads": tables() or "No rows yet.\n"}
     for results, name, device in ((cpu, "cpu", "CPU"), (gpu, "gpu", "GPU")):
         if shown := headlines(results, gpu=name == "gpu"):
             found["figure"] += f"![time, memory and share of the floor against peers on a {device}](docs/{name}.svg)\n"

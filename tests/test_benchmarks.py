@@ -1,5 +1,6 @@
 """The benchmarks' own logic: what is found, gated, reported. No timing decides anything here."""
 
+import csv
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import measure  # noqa: E402
 import plot  # noqa: E402
 import tables  # noqa: E402
 import verify  # noqa: E402
+import workloads  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -157,3 +159,17 @@ def test_the_figure_is_drawn(tmp_path):
     assert plot.digest(results) in text
     assert "TRL" in text
     assert "token_logprobs" in text
+
+
+def test_programs_with_rows_of_their_own_have_a_table(tmp_path):
+    row = {"workload": "A", "mode": "step", "gemm": "oneDNN", "device": "Some CPU", "threads": "4", "pairs": "60"}
+    row |= {"distinct_tokens": "99", "implementation": "fastpo", "p50_s": "2"}
+    rows = [row | {"p50_s": "7"}, row | {"implementation": "gone", "p50_s": "1"}, row]
+    rows += [row | {"implementation": "trl", "p50_s": "9"}]
+    with (tmp_path / "trees.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = workloads.tables(tmp_path)
+    assert "| A, step, oneDNN: 60 pairs, 99 distinct tokens | 2 | 9 (4.5x) |" in text
+    assert "gone" not in text
