@@ -18,6 +18,7 @@ SOURCES = {
     "paper": "the paper's text",
     "trl": "TRL 1.16's code",
     "notes": "third-party notes or code",
+    "memory": "memory, not confirmed",
     "derived": "memory, derived in kernels/preference_loss/README.md, not confirmed",
 }
 CHECKS = {
@@ -127,12 +128,105 @@ METHODS: tuple[Method, ...] = (
 )
 
 # Rewards, pair rules and searches (where they are not an objective), by dotted name.
-OTHER: tuple[Rule, ...] = ()
+OTHER: tuple[Rule, ...] = (
+    Rule("IRPO pairs", "Pang et al. 2024", ("fastpo.pair_rules.irpo_pairs", "fastpo.rewards.math_reward"), "paper"),
+    Rule("ScPO votes", "Prasad et al. 2024", ("fastpo.pair_rules.scpo_pair", "fastpo.statistics.votes"), "notes"),
+    Rule(
+        "Self-Rewarding judge", "Yuan et al. 2024", ("fastpo.signals.graded", "fastpo.pair_rules.best_worst"), "notes"
+    ),
+    Rule(
+        "Meta-Rewarding judge",
+        "Wu et al. 2024",
+        ("fastpo.signals.meta_judged", "fastpo.pair_rules.tier_pair", "fastpo.statistics.elo"),
+        "memory",
+        "one Elo fit of all games",
+    ),
+    Rule("TPO scores", "Wu et al. 2024", ("fastpo.reward_rules.length_penalised", "fastpo.signals.visible"), "notes"),
+    Rule(
+        "Self-Taught Evaluator",
+        "Wang et al. 2024",
+        ("fastpo.signals.verdicts", "fastpo.pair_rules.verdict_pairs"),
+        "code",
+        "also against wrong judgements; theirs is fine-tuning on right ones (`--objective sft`)",
+    ),
+    Rule(
+        "CREAM consistency",
+        "Wang et al. 2024",
+        ("fastpo.signals.implicit", "fastpo.statistics.kendall_tau"),
+        "code",
+        "tau-b, averaged over the prompts",
+    ),
+    Rule(
+        "B-STaR",
+        "Zeng et al. 2024",
+        ("fastpo.statistics.balance_scores", "fastpo.reward_rules.outcome_and_process"),
+        "code",
+    ),
+    Rule("Auto-CEI", "Zhao et al. 2024", ("fastpo.reward_rules.refusal_reward",), "code"),
+    Rule("UPO pairs", "Wang et al. 2024", ("fastpo.statistics.bald", "fastpo.statistics.draw_certain"), "code"),
+    Rule(
+        "RPC",
+        "Zhou et al. 2025",
+        ("fastpo.pair_rules.rpc_pair", "fastpo.statistics.path_votes", "fastpo.statistics.low_mode"),
+        "notes",
+        "modes split by least variance, not by a Weibull mixture",
+    ),
+    Rule("CDR", "-", ("fastpo.reward_rules.contrast",), "memory"),
+    Rule(
+        "RLHF Workflow",
+        "Dong et al. 2024",
+        (
+            "fastpo.pair_rules.best_worst",
+            "fastpo.pair_rules.best_random",
+            "fastpo.pair_rules.best_two",
+            "fastpo.reward_rules.minus_length",
+        ),
+        "code",
+        "ties make no pair",
+    ),
+    Rule(
+        "win rates (SPPO, DNO, INPO)",
+        "Wu et al. 2024",
+        ("fastpo.pair_rules.win_rate_choice", "fastpo.statistics.win_rates", "fastpo.signals.duelled"),
+        "code",
+    ),
+    Rule("SPIN pairs", "Chen et al. 2024", ("fastpo.pair_rules.gold_pairs",), "paper"),
+    Rule("RISE edits", "Xu et al. 2024", ("fastpo.pair_rules.with_edits", "fastpo.pair_rules.edit_number"), "notes"),
+    Rule("ranked lists", "Liu et al. 2024", ("fastpo.pair_rules.ranked_list",), "paper"),
+    Rule("combined rewards", "Wang et al. 2024", ("fastpo.reward_rules.log_sigmoid_gap",), "memory"),
+    Rule(
+        "reward ensembles",
+        "Coste et al. 2023",
+        ("fastpo.reward_rules.ensemble_min", "fastpo.reward_rules.ensemble_cautious"),
+        "memory",
+    ),
+    Rule("progress rewards", "Setlur et al. 2024", ("fastpo.reward_rules.with_progress",), "memory"),
+)
 
 # Name of a row above -> recipes/<recipe>.yaml.
 RECIPES: dict[str, tuple[str, ...]] = {
     "IRPO": ("irpo",),
     "ScPO": ("scpo",),
+    "Self-Rewarding": ("self_rewarding",),
+    "Meta-Rewarding": ("meta_rewarding",),
+    "TPO (thought)": ("tpo",),
+    "Self-Taught Evaluator": ("self_taught_evaluator",),
+    "CREAM": ("cream",),
+    "SPIN": ("spin",),
+    "SPPO": ("sppo",),
+    "DNO": ("dno",),
+    "INPO": ("inpo",),
+    "RPO": ("rpo",),
+    "SimPO": ("simpo",),
+    "KTO": ("kto",),
+    "LiPO-lambda": ("lipo",),
+    "TDPO-1, TDPO-2": ("tdpo",),
+    "SparsePO, MAPO": ("sparse_po",),
+    "T-REG": ("t_reg",),
+    "RISE (error-injected)": ("rise_edit",),
+    "B-STaR": ("b_star",),
+    "SELM": ("selm",),
+    "RLHF Workflow": ("rlhf_workflow",),
 }
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "methods.md"

@@ -8,6 +8,7 @@ import torch
 from fastpo import cli
 from fastpo.artifacts import read_json, read_jsonl
 from fastpo.config import read_recipe
+from fastpo.methods import RECIPES as RECIPES_OF
 from fastpo.results import result_rows
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -55,6 +56,26 @@ def settings(name, start, output_dir):
     tiny = {key: value for key, value in TINY.items() if key not in ONLY_WHERE_SET or key in recipe}
     tiny |= {"model": start / "run/warm_start/model", "reward": f"{start}/reward.py:parity", "output_dir": output_dir}
     return [str(part) for key, value in tiny.items() for part in (f"--{key}", value)]
+
+
+def test_every_recipe_is_of_a_method():
+    assert {name for names in RECIPES_OF.values() for name in names} >= set(EMBEDDED) - {"demo"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_says_how_to_run_it(name):
+    header = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert "fastpo " in header and header.startswith("# ")
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_dry_run(name, start, tmp_path, capsys):
+    assert cli.main(["train", name, *settings(name, start, tmp_path / "run"), "--dry-run"]) == 0, (
+        capsys.readouterr().err
+    )
+    out = capsys.readouterr().out
+    assert "an iteration at most: 6 prompts" in out and "F in GEMMs" in out and "memory" in out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
