@@ -71,7 +71,8 @@ Heads heads(const Tensor& tensor) {
 }
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
-                    const std::optional<Tensor>& sinks, const Tensor& depth, double scale, double softcap, int64_t window) {
+                    const std::optional<Tensor>& sinks, const Tensor& depth, double scale, double softcap,
+                    int64_t window) {
   Attention a;
   a.q = heads(q);
   a.k = heads(k);

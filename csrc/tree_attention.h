@@ -32,6 +32,9 @@ struct Attention {
 
   // A tile is that many tokens, times the query heads of a group in rows.
   int64_t tile_tokens() const { return group >= 48 ? 1 : 48 / group; }
+  // The token of a row, from the tile's first on, and the head's place in its group.
+  int64_t token(int64_t row) const { return group == 1 ? row : row / group; }
+  int64_t member(int64_t row) const { return group == 1 ? 0 : row % group; }
 };
 
 // A piece of the preorder that one thread walks.

@@ -1,138 +1,12 @@
 // Vector kernels of tree_attention: a walk over a piece of the preorder with the current root path on a stack, so that
 // what a token sees lies in consecutive slots 0 .. depth. Compiled once per instruction set, see simd_targets.h.
 
+#include "tree_attention_products.h"
+
 namespace fastpo::FASTPO_ISA {
 
-constexpr int kRows = 6;                              // rows of C in registers
-constexpr int kVectors = FASTPO_SIMD_BITS == 512 ? 4 : 2;  // vectors of C in a row
-constexpr int64_t kBlock = 256;                       // slots that a tile of scores spans
-
-FASTPO_INLINE int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-FASTPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTPO_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// An operand of which one element goes to all lanes: a[i row + t step].
-struct Left {
-  const float* data;
-  int64_t row, step;
-};
-// An operand of vectors: b[t step + p panel] and the W - 1 behind it.
-struct Right {
-  const float* data;
-  int64_t step, panel;
-};
-
-// c[i, p] = sum_t a[i, t] b[t, p], or += with ADD; R rows, P vectors. The sum is taken apart from what it is added to:
-// a key that a thousand tokens see has fewer roundings at its full size.
-template <int R, int P, bool ADD>
-FASTPO_INLINE void multiply_tile(Left a, Right b, int64_t n, float* c, int64_t c_row) {
-  Vf sum[R][P];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) sum[i][p] = set(0.f);
-  }
-  for (int64_t t = 0; t < n; ++t) {
-    Vf right[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) right[p] = load(b.data + t * b.step + p * b.panel);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Vf left = set(a.data[i * a.row + t * a.step]);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) sum[i][p] = fma(left, right[p], sum[i][p]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      float* const to = c + i * c_row + p * W;
-      store(to, ADD ? load(to) + sum[i][p] : sum[i][p]);
-    }
-  }
-}
-
-template <int P, bool ADD>
-static void multiply_panels(int64_t rows, Left a, Right b, int64_t n, float* c, int64_t c_row) {
-  switch (rows) {
-    case 1:
-      return multiply_tile<1, P, ADD>(a, b, n, c, c_row);
-    case 2:
-      return multiply_tile<2, P, ADD>(a, b, n, c, c_row);
-    case 3:
-      return multiply_tile<3, P, ADD>(a, b, n, c, c_row);
-    case 4:
-      return multiply_tile<4, P, ADD>(a, b, n, c, c_row);
-    case 5:
-      return multiply_tile<5, P, ADD>(a, b, n, c, c_row);
-    default:
-      return multiply_tile<6, P, ADD>(a, b, n, c, c_row);
-  }
-}
-
-// The same for 1 to kRows rows and any number of vectors.
-template <bool ADD>
-static void multiply(int64_t rows, int64_t vectors, Left a, Right b, int64_t n, float* c, int64_t c_row) {
-  int64_t p = 0;
-  const auto from = [&](int64_t at) { return Right{b.data + at * b.panel, b.step, b.panel}; };
-  for (; p + kVectors <= vectors; p += kVectors) multiply_panels<kVectors, ADD>(rows, a, from(p), n, c + p * W, c_row);
-  if (kVectors > 2 && p + 2 <= vectors) {
-    multiply_panels<2, ADD>(rows, a, from(p), n, c + p * W, c_row);
-    p += 2;
-  }
-  for (; p < vectors; ++p) multiply_panels<1, ADD>(rows, a, from(p), n, c + p * W, c_row);
-}
-
-FASTPO_INLINE float largest_lane(Vf x) {
-#if FASTPO_SIMD_BITS == 512
-  return _mm512_reduce_max_ps(x);
-#else
-  return reduce_max(x);
-#endif
-}
-
-// Lanes lo <= lane < hi of x, -inf (also in place of NaN) in the others.
-FASTPO_INLINE Vf lanes_between(Vf x, int64_t lo, int64_t hi) {
-  alignas(64) float bound[W];
-  for (int i = 0; i < W; ++i) bound[i] = i >= lo && i < hi ? __builtin_inff() : -__builtin_inff();
-  return min(x, load(bound));
-}
-
-// factor x[size] as floats, 0 behind them up to a whole vector.
-template <class T>
-static void copy_as_float(const T* x, int64_t size, float factor, float* to) {
-  int64_t d = 0;
-  for (; d + W <= size; d += W) store(to + d, load(x + d) * set(factor));
-  if (d < size) store(to + d, load_n(x + d, static_cast<int>(size - d), 0.f) * set(factor));
-}
-static void load_row(Type type, const char* x, int64_t size, float factor, float* to) {
-  switch (type) {
-    case Type::float32:
-      return copy_as_float(reinterpret_cast<const float*>(x), size, factor, to);
-    case Type::bfloat16:
-      return copy_as_float(reinterpret_cast<const BFloat16*>(x), size, factor, to);
-    default:
-      return copy_as_float(reinterpret_cast<const Half*>(x), size, factor, to);
-  }
-}
-
-template <class T>
-static void copy_from_float(const float* x, int64_t size, float factor, T* to) {
-  int64_t d = 0;
-  for (; d + W <= size; d += W) store(to + d, load(x + d) * set(factor));
-  if (d < size) store_n(to + d, load(x + d) * set(factor), static_cast<int>(size - d));
-}
-static void store_row(Type type, const float* x, int64_t size, float factor, char* to) {
-  switch (type) {
-    case Type::float32:
-      return copy_from_float(x, size, factor, reinterpret_cast<float*>(to));
-    case Type::bfloat16:
-      return copy_from_float(x, size, factor, reinterpret_cast<BFloat16*>(to));
-    default:
-      return copy_from_float(x, size, factor, reinterpret_cast<Half*>(to));
-  }
-}
+constexpr int64_t kBlock = 256;           // slots that a tile of scores spans
+constexpr int64_t kStride = kBlock + 16;  // of its rows: not a power of two, which would share cache sets
 
 // Which slots [lo, hi) of a block that begins at slot b0 and has n a token of some depth sees.
 struct Seen {
@@ -150,7 +24,7 @@ struct Region {
 
   int64_t rows() const { return (last - first) * a.group; }
   int64_t first_row() const { return (first - tile) * a.group; }
-  int64_t depth(int64_t row) const { return a.depth[first + row / a.group]; }
+  int64_t depth(int64_t row) const { return a.depth[first + a.token(row)]; }
   Seen seen(int64_t row) const { return Seen::of(a, depth(row), b0, b1 - b0); }
   // Of kRows rows from row on: how many, and the columns that any of them sees.
   int64_t count(int64_t row) const { return least(kRows, rows() - row); }
@@ -222,47 +96,47 @@ struct Arena {
   }
 };
 
-// Keys (or values) of the current path: [slots / W, D, W], ready for products with rows of Q.
-FASTPO_INLINE void to_panel(const float* row, int64_t size, int64_t slot, float* panels) {
-  float* const to = panels + slot / W * size * W + slot % W;
-  for (int64_t d = 0; d < size; ++d) to[d * W] = row[d];
-}
-
 struct Forward {
   const Attention& a;
-  int64_t head, width;  // D up to a whole vector
-  float *k_panels, *v_rows, *q, *scores, *out, *largest, *sums, *row_of_k;
+  int64_t head, width, height;  // D up to a whole vector, and to a multiple of 4
+  float *k_panels, *k_rows, *v_rows, *q, *scores, *out, *largest, *sums;
 
-  Forward(const Attention& a, int64_t head, Arena arena) : a(a), head(head), width(rounded_up(a.size, W)) {
+  Forward(const Attention& a, int64_t head, Arena arena)
+      : a(a), head(head), width(rounded_up(a.size, W)), height(rounded_up(a.size, 4)) {
     const int64_t slots = rounded_up(a.slots, W), rows = a.tile_tokens() * a.group;
-    k_panels = arena.take(slots * a.size);
+    k_panels = arena.take(slots * height);
+    k_rows = arena.take(slots * width);
     v_rows = arena.take(slots * width);
     q = arena.take(rows * width);
-    scores = arena.take(rows * kBlock);
+    scores = arena.take(rows * kStride);
     out = arena.take(rows * width);
     largest = arena.take(rows);
     sums = arena.take(rows);
-    row_of_k = arena.take(width);
   }
 
   static int64_t floats(const Attention& a) {
     const int64_t slots = rounded_up(a.slots, W), rows = a.tile_tokens() * a.group, width = rounded_up(a.size, W);
-    return 2 * slots * width + rows * (2 * width + kBlock + 2) + width + 16 * 8;
+    return 3 * slots * width + rows * (2 * width + kStride + 2) + 16 * 8;
   }
 
-  void push_one(int64_t token, int64_t slot) {
-    load_row(a.type, a.k.at(token, head), a.size, 1.f, row_of_k);
-    to_panel(row_of_k, a.size, slot, k_panels);
+  void load_slot(int64_t token, int64_t slot) {
+    load_row(a.type, a.k.at(token, head), a.size, 1.f, k_rows + slot * width);
     load_row(a.type, a.v.at(token, head), a.size, 1.f, v_rows + slot * width);
   }
+  void start(const Chunk& chunk) {
+    const int64_t slots = a.depth[chunk.first];
+    for (int64_t slot = 0; slot < slots; ++slot) load_slot(chunk.path[slot], slot);
+    to_panels(k_rows, width, height, 0, slots, k_panels);
+  }
   void push(int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) push_one(t, a.depth[t]);
+    for (int64_t t = first; t < last; ++t) load_slot(t, a.depth[t]);
+    to_panels(k_rows, width, height, a.depth[first], a.depth[last - 1] + 1, k_panels);
   }
 
   void begin(int64_t first, int64_t last) {
     for (int64_t row = 0; row < (last - first) * a.group; ++row) {
-      const int64_t of = head * a.group + row % a.group;
-      load_row(a.type, a.q.at(first + row / a.group, of), a.size, a.scale, q + row * width);
+      const int64_t of = head * a.group + a.member(row);
+      load_row(a.type, a.q.at(first + a.token(row), of), a.size, a.scale, q + row * width);
       largest[row] = a.sinks != nullptr ? a.sinks[of] : -__builtin_inff();
       sums[row] = a.sinks != nullptr ? 1.f : 0.f;
       for (int64_t d = 0; d < width; d += W) store(out + row * width + d, set(0.f));
@@ -273,10 +147,10 @@ struct Forward {
     const int64_t from = at.first_row();
     for (int64_t row = 0; row < at.rows(); row += kRows) {
       const int64_t count = at.count(row), columns = at.columns(row);
-      float* const s = scores + (from + row) * kBlock;
+      float* const s = scores + (from + row) * kStride;
       const Left rows{q + (from + row) * width, width, 1};
-      const Right keys{k_panels + at.b0 * a.size, W, a.size * W};
-      multiply<false>(count, rounded_up(columns, W) / W, rows, keys, a.size, s, kBlock);
+      const Right keys{k_panels + at.b0 * height, W, height * W};
+      multiply<false>(count, rounded_up(columns, W) / W, rows, keys, a.size, s, kStride);
       for (int64_t i = 0; i < count; ++i) {
         if (a.softcap != 0.f) {
           soften<true>(from + row + i, at.seen(row + i), columns);
@@ -285,14 +159,14 @@ struct Forward {
         }
       }
       const Right values{v_rows + at.b0 * width, width, W};
-      multiply<true>(count, width / W, Left{s, kBlock, 1}, values, columns, out + (from + row) * width, width);
+      multiply<true>(count, width / W, Left{s, kStride, 1}, values, columns, out + (from + row) * width, width);
     }
   }
 
   // exp(score - largest so far) in place of the scores of a row, and what goes with it.
   template <bool CAPPED>
   void soften(int64_t row, Seen seen, int64_t columns) {
-    float* const s = scores + row * kBlock;
+    float* const s = scores + row * kStride;
     const Vf cap = set(a.softcap), inverse_cap = set(CAPPED ? 1.f / a.softcap : 0.f);
     Vf top = set(-__builtin_inff());
     for (int64_t j = 0; j < columns; j += W) {
@@ -325,7 +199,7 @@ struct Forward {
 
   void end(int64_t first, int64_t last) {
     for (int64_t row = 0; row < (last - first) * a.group; ++row) {
-      const int64_t of = head * a.group + row % a.group, token = first + row / a.group;
+      const int64_t of = head * a.group + a.member(row), token = first + a.token(row);
       store_row(a.type, out + row * width, a.size, 1.f / sums[row], a.out.at(token, of));
       a.logsumexp[of * a.tokens + token] = largest[row] + __builtin_logf(sums[row]);
     }
@@ -334,57 +208,65 @@ struct Forward {
 
 static void forward_chunk(const Attention& a, int64_t head, const Chunk& chunk, float* memory) {
   Forward body(a, head, Arena{memory});
-  for (int64_t slot = 0; slot < a.depth[chunk.first]; ++slot) body.push_one(chunk.path[slot], slot);
+  body.start(chunk);
   walk(body, a, chunk);
 }
 
 struct Backward {
   const Attention& a;
   const Chunk& chunk;
-  int64_t head, width, filled = 0;  // slots in use
+  int64_t head, width, height, filled = 0;  // slots in use
   int32_t* node;                    // [slots] whose they are
-  float *k_panels, *v_panels, *k_rows, *grad_k, *grad_v;
-  float *q, *g, *p, *ds, *grad_q, *logsumexp, *delta, *row_of_v;
+  float *k_panels, *v_panels, *k_rows, *v_rows, *grad_k, *grad_v;
+  float *q, *g, *p, *ds, *grad_q, *logsumexp, *delta;
 
   Backward(const Attention& a, const Chunk& chunk, int64_t head, Arena arena)
-      : a(a), chunk(chunk), head(head), width(rounded_up(a.size, W)) {
+      : a(a), chunk(chunk), head(head), width(rounded_up(a.size, W)), height(rounded_up(a.size, 4)) {
     const int64_t slots = rounded_up(a.slots, W), rows = a.tile_tokens() * a.group;
     node = reinterpret_cast<int32_t*>(arena.take(slots));
-    k_panels = arena.take(slots * a.size);
-    v_panels = arena.take(slots * a.size);
+    k_panels = arena.take(slots * height);
+    v_panels = arena.take(slots * height);
     k_rows = arena.take(slots * width);
+    v_rows = arena.take(slots * width);
     grad_k = arena.take(slots * width);
     grad_v = arena.take(slots * width);
     q = arena.take(rows * width);
     g = arena.take(rows * width);
     grad_q = arena.take(rows * width);
-    p = arena.take(rows * kBlock);
-    ds = arena.take(rows * kBlock);
+    p = arena.take(rows * kStride);
+    ds = arena.take(rows * kStride);
     logsumexp = arena.take(rows);
     delta = arena.take(rows);
-    row_of_v = arena.take(width);
   }
 
   static int64_t floats(const Attention& a) {
     const int64_t slots = rounded_up(a.slots, W), rows = a.tile_tokens() * a.group, width = rounded_up(a.size, W);
-    return slots * (5 * width + 1) + rows * (3 * width + 2 * kBlock + 2) + width + 16 * 14;
+    return slots * (6 * width + 1) + rows * (3 * width + 2 * kStride + 2) + 16 * 14;
   }
 
-  void push_one(int64_t token, int64_t slot) {
+  void load_slot(int64_t token, int64_t slot) {
     node[slot] = static_cast<int32_t>(token);
     load_row(a.type, a.k.at(token, head), a.size, 1.f, k_rows + slot * width);
-    to_panel(k_rows + slot * width, a.size, slot, k_panels);
-    load_row(a.type, a.v.at(token, head), a.size, 1.f, row_of_v);
-    to_panel(row_of_v, a.size, slot, v_panels);
+    load_row(a.type, a.v.at(token, head), a.size, 1.f, v_rows + slot * width);
     for (int64_t d = 0; d < width; d += W) {
       store(grad_k + slot * width + d, set(0.f));
       store(grad_v + slot * width + d, set(0.f));
     }
-    filled = slot + 1;
+  }
+  void fill(int64_t first, int64_t last) {
+    to_panels(k_rows, width, height, first, last, k_panels);
+    to_panels(v_rows, width, height, first, last, v_panels);
+    filled = last;
+  }
+  void start() {
+    const int64_t slots = a.depth[chunk.first];
+    for (int64_t slot = 0; slot < slots; ++slot) load_slot(chunk.path[slot], slot);
+    fill(0, slots);
   }
   void push(int64_t first, int64_t last) {
     flush(a.depth[first]);
-    for (int64_t t = first; t < last; ++t) push_one(t, a.depth[t]);
+    for (int64_t t = first; t < last; ++t) load_slot(t, a.depth[t]);
+    fill(a.depth[first], a.depth[last - 1] + 1);
   }
 
   // The gradients of the slots from here on are complete, as far as this chunk goes.
@@ -402,7 +284,7 @@ struct Backward {
 
   void begin(int64_t first, int64_t last) {
     for (int64_t row = 0; row < (last - first) * a.group; ++row) {
-      const int64_t of = head * a.group + row % a.group, token = first + row / a.group;
+      const int64_t of = head * a.group + a.member(row), token = first + a.token(row);
       load_row(a.type, a.q.at(token, of), a.size, a.scale, q + row * width);
       load_row(a.type, a.grad_out.at(token, of), a.size, 1.f, g + row * width);
       load_row(a.type, a.out.at(token, of), a.size, 1.f, grad_q + row * width);
@@ -418,12 +300,12 @@ struct Backward {
 
   void block(const Region& at) {
     const int64_t from = at.first_row(), slots = at.b1 - at.b0;
-    const Right keys{k_panels + at.b0 * a.size, W, a.size * W}, values{v_panels + at.b0 * a.size, W, a.size * W};
+    const Right keys{k_panels + at.b0 * height, W, height * W}, values{v_panels + at.b0 * height, W, height * W};
     for (int64_t row = 0; row < at.rows(); row += kRows) {
       const int64_t count = at.count(row), columns = at.columns(row), vectors = rounded_up(columns, W) / W;
       const int64_t r = from + row;
-      multiply<false>(count, vectors, Left{q + r * width, width, 1}, keys, a.size, p + r * kBlock, kBlock);
-      multiply<false>(count, vectors, Left{g + r * width, width, 1}, values, a.size, ds + r * kBlock, kBlock);
+      multiply<false>(count, vectors, Left{q + r * width, width, 1}, keys, a.size, p + r * kStride, kStride);
+      multiply<false>(count, vectors, Left{g + r * width, width, 1}, values, a.size, ds + r * kStride, kStride);
       for (int64_t i = 0; i < count; ++i) {
         if (a.softcap != 0.f) {
           slopes<true>(r + i, at.seen(row + i), vectors * W, slots);
@@ -432,7 +314,7 @@ struct Backward {
         }
       }
       const Right rows_of_k{k_rows + at.b0 * width, width, W};
-      const Left by_row{ds + r * kBlock, kBlock, 1};
+      const Left by_row{ds + r * kStride, kStride, 1};
       multiply<true>(count, width / W, by_row, rows_of_k, columns, grad_q + r * width, width);
     }
     int64_t row = 0;  // the first that sees the slot
@@ -441,7 +323,7 @@ struct Backward {
       const int64_t r = from + row, count = least(kRows, slots - slot), rows = at.rows() - row;
       float* const to_k = grad_k + (at.b0 + slot) * width;
       float* const to_v = grad_v + (at.b0 + slot) * width;
-      const Left of_ds{ds + r * kBlock + slot, 1, kBlock}, of_p{p + r * kBlock + slot, 1, kBlock};
+      const Left of_ds{ds + r * kStride + slot, 1, kStride}, of_p{p + r * kStride + slot, 1, kStride};
       multiply<true>(count, width / W, of_ds, Right{q + r * width, width, W}, rows, to_k, width);
       multiply<true>(count, width / W, of_p, Right{g + r * width, width, W}, rows, to_v, width);
     }
@@ -451,7 +333,7 @@ struct Backward {
   // behind those of this row, which the products by column read too.
   template <bool CAPPED>
   void slopes(int64_t row, Seen seen, int64_t columns, int64_t slots) {
-    float *const s = p + row * kBlock, *const d = ds + row * kBlock;
+    float *const s = p + row * kStride, *const d = ds + row * kStride;
     const Vf cap = set(a.softcap), inverse_cap = set(CAPPED ? 1.f / a.softcap : 0.f);
     const Vf centre = set(logsumexp[row]), mean = set(delta[row]);
     const Rate rate(1);
@@ -476,7 +358,7 @@ struct Backward {
 
   void end(int64_t first, int64_t last) {
     for (int64_t row = 0; row < (last - first) * a.group; ++row) {
-      const int64_t of = head * a.group + row % a.group, token = first + row / a.group;
+      const int64_t of = head * a.group + a.member(row), token = first + a.token(row);
       store_row(a.type, grad_q + row * width, a.size, a.scale, a.grad_q.at(token, of));
     }
   }
@@ -484,7 +366,7 @@ struct Backward {
 
 static void backward_chunk(const Attention& a, int64_t head, const Chunk& chunk, float* memory) {
   Backward body(a, chunk, head, Arena{memory});
-  for (int64_t slot = 0; slot < a.depth[chunk.first]; ++slot) body.push_one(chunk.path[slot], slot);
+  body.start();
   walk(body, a, chunk);
   body.flush(0);
 }
