@@ -4,6 +4,7 @@ from fastpo.config import Config
 from fastpo.data import evaluation_prompts, load_demonstrations, load_preferences, training_prompts
 from fastpo.errors import FastpoError
 from fastpo.run import BUILT_MODELS
+from fastpo.search.settings import method_of
 
 
 def check(config: Config) -> None:
@@ -15,6 +16,8 @@ def check(config: Config) -> None:
             f"model {config.model} starts untrained and would sample noise; give warm_start (demonstrations), or a "
             "trained model's path"
         )
+    if config.search != "none":
+        method_of(config)
 
 
 def read_inputs(config: Config) -> None:

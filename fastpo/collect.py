@@ -16,6 +16,7 @@ from fastpo.judges import Judge
 from fastpo.pairs import PairRecord, build_pairs, candidates, explain_no_pairs
 from fastpo.rewards import RewardFn, Scorer
 from fastpo.run import Run
+from fastpo.search.stage import SearchStage
 from fastpo.statistics import balance_scores
 
 Row = dict[str, Any]
@@ -31,6 +32,9 @@ class Collector:
 
     def pairs(self, iteration: int) -> tuple[list[PairRecord], Row]:
         """The pairs of an iteration, tokenised, and what is to be said of them."""
+        if self.config.search != "none":
+            prompts = self.fitting_prompts(training_prompts(self.config, iteration))
+            return SearchStage(self.run, self.codec, self.reward).pairs(iteration, prompts)
         samples = self.samples(iteration)
         rewards = self.rewards(iteration, samples)
         path = self.run.folder(iteration) / "pairs.jsonl"

@@ -103,6 +103,8 @@ def _plan_of(config: Config, iteration: int) -> str:
     if config.preferences and iteration == 1:
         return f"train on the pairs of {config.preferences}"
     number = len(training_prompts(config, iteration))
+    if config.search != "none":
+        return f"{number} prompts searched by {config.search}, train in batches of {config.batch_size}"
     return (
         f"{number} prompts x {config.num_samples} samples at temperature {config.at('temperature', iteration)}, "
         f"{config.pair_rule} pairs, train in batches of {config.batch_size}"

@@ -110,6 +110,51 @@ class SamplingKeys:
 
 
 @dataclass
+class SearchKeys:
+    _argument_group_name = "search (in place of independent samples)"
+
+    search: Literal[
+        "none",
+        "mcts_dpo",
+        "cpl",
+        "rest_mcts",
+        "alphallm",
+        "tree_plv",
+        "rebase",
+        "beam_q",
+        "mc_nest",
+        "muzero",
+    ] = _key("none", "a tree search over all prompts at once; the keys below change its preset")
+    search_simulations: int | None = _key(None, "expansions per tree; none here and below: the preset's")
+    search_width: int | None = _key(None, "children per expansion")
+    search_depth: int | None = _key(None, "steps of a response at most")
+    search_leaves: int | None = _key(None, "expansions of a tree in one wave (beam_q: width of the beam)")
+    search_c: float | None = _key(None, "weight of exploration")
+    search_virtual_loss: float | None = _key(None, "what a visit under way costs; with several leaves a wave")
+    search_value: Literal["outcome", "rollout", "self", "likelihood"] | None = _key(
+        None,
+        "of inner nodes. outcome: none before the end; rollout: share of completions that are right; self: probability "
+        "of search_labels behind search_question; likelihood: the path's log-prob",
+    )
+    search_rollouts: int = _key(4, "rollout: completions per node")
+    search_question: str = _key("\nIs this right so far? Answer: ", "self: asked behind a path")
+    search_labels: list[str] = field(
+        default_factory=lambda: ["A", "yes", "Yes", "correct", "Correct", "right", "Right"],
+        metadata={"help": "self: what stands for right, each by its first token"},
+    )
+    search_refine: str | None = _key(
+        None, "mc_nest: text behind the prompt with {answer}, the answer to be refined; none: answers are drawn anew"
+    )
+    search_step: str = _key("\n", "text that ends a step; empty: steps end by search_step_tokens alone")
+    search_step_tokens: int = _key(64, "longest step in tokens")
+    search_min_gap: float | None = _key(None, "difference in Q between the members of a pair")
+    search_nodes: int | None = _key(None, "nodes a tree has room for at first; none: as many as the preset can make")
+    search_full: Literal["grow", "stop"] = _key("grow", "a tree without room: more for all of them, or it stops")
+    search_cache_tokens: int | None = _key(None, "tokens whose keys and values are kept between waves; none: all")
+    search_checkpoint_waves: int = _key(16, "waves between checkpoints: what a kill while searching costs at most")
+
+
+@dataclass
 class RewardKeys:
     _argument_group_name = "reward"
 
@@ -232,6 +277,7 @@ GROUPS = (
     DataKeys,
     WarmStartKeys,
     SamplingKeys,
+    SearchKeys,
     RewardKeys,
     JudgeKeys,
     PairKeys,
@@ -252,6 +298,7 @@ class Config(
     PairKeys,
     JudgeKeys,
     RewardKeys,
+    SearchKeys,
     SamplingKeys,
     WarmStartKeys,
     DataKeys,
@@ -299,6 +346,19 @@ _CHECKS = [
     (lambda c: c.top_k >= 0, "top_k is {top_k}; it should be 0 (off) or more"),
     (lambda c: c.sample_batch_size >= 1, "sample_batch_size is {sample_batch_size}; it should be at least 1"),
     (lambda c: c.sample_chunk >= 1, "sample_chunk is {sample_chunk}; it should be at least 1"),
+    *(
+        (
+            lambda c, name=name: getattr(c, name) is None or getattr(c, name) >= 1,
+            f"{name} is {{{name}}}; it should be 1 or more",
+        )
+        for name in (
+            "search_rollouts",
+            "search_step_tokens",
+            "search_nodes",
+            "search_cache_tokens",
+            "search_checkpoint_waves",
+        )
+    ),
     (lambda c: c.pairs_per_prompt >= 1, "pairs_per_prompt is {pairs_per_prompt}; it should be at least 1"),
     (
         lambda c: c.vote_threshold and all(0 <= t <= 1 for t in c.vote_threshold),

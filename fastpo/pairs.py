@@ -265,6 +265,7 @@ RULES = {
     "edits": Rule(_edits, members=4),
     "judgements": Rule(_judgements),
 }
+SEARCHED = Rule(lambda _: [], ("soft_label", "margin"))  # pairs of a search: fastpo.search chooses them
 
 
 # ---------------------------------------------------------------- all prompts

@@ -20,7 +20,7 @@ from fastpo.data import Codec, Preference, Prompt
 from fastpo.errors import FastpoError
 from fastpo.models import PromptResponse, ResponseScorer, collate, response_logps, split_by_tokens
 from fastpo.objectives import Objective
-from fastpo.pairs import COLUMNS, GOLD, RULES, PairRecord, response_key
+from fastpo.pairs import COLUMNS, GOLD, RULES, SEARCHED, PairRecord, response_key
 from fastpo.references import TOKEN_COLUMNS
 from fastpo.rewards import Scorer, final_answer, gold_answer, same_answer, vote_key
 from fastpo.sampling import generate
@@ -48,13 +48,14 @@ def build_objective(config: Config) -> Objective:
         objective = objectives.by_name(config.objective, **settings)
     except ValueError as error:
         raise FastpoError(str(error)) from error
-    rule = RULES[config.pair_rule]
+    rule = RULES[config.pair_rule] if config.search == "none" else SEARCHED
     columns = ("weight",) if config.preferences else ("weight", *rule.columns)
     supplied = {SUPPLIED[c] for c in columns} | {f"segments.{name}" for name in (*TOKEN_COLUMNS, "kl")}
     missing = sorted(set(objective.requires) - supplied)
     if missing:
         source = "preferences files" if config.preferences else f"pair_rule {config.pair_rule}"
-        raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which {source} do not give")
+        source = source if config.search == "none" else f"search {config.search}"
+        raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which {source} does not give")
     if rule.members and objective.num_members > rule.members:
         raise FastpoError(
             f"objective {config.objective} compares {objective.num_members} responses, pair_rule {config.pair_rule} "

@@ -10,6 +10,7 @@ class Counts:
     waves: int = 0
     expansions: int = 0  # simulations, over all trees
     tokens: int = 0  # proposed, merged ones included
+    rollout_tokens: int = 0  # sampled by values, kept by whoever has them
     duplicates: int = 0  # proposed steps merged into an equal sibling
     empty: int = 0  # nodes below which nothing was proposed: dead ends
     full: int = 0  # trees that stopped because their room was used up

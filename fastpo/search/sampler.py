@@ -21,6 +21,16 @@ from .cache import KeyValuePool, new_cache, padded, taken
 from .nodes import Node, Step
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """What is drawn below a node."""
+
+    stop_ids: Tensor  # [K] a token of these is the last
+    tokens: int  # at most
+    stream: tuple[int, ...]  # tells its random numbers from those of other draws
+    keep: bool  # its keys and values in the pool
+
+
 @dataclass
 class _Start:
     """A batch behind the last token of each node's path."""
@@ -74,7 +84,9 @@ class StepSampler:
             raise FastpoError(f"top_p is {top_p}; it should be above 0 and at most 1")
         self.model = model
         self.device = next(model.parameters()).device
-        self.stop_ids = torch.tensor(sorted({*stop_ids, eos_token_id}), device=self.device)
+        self.eos = torch.tensor([eos_token_id], device=self.device)
+        stops = torch.tensor(sorted({*stop_ids, eos_token_id}), device=self.device)
+        self.step_draw = _Draw(stops, step_tokens, (), keep=True)
         self.seed, self.batch_size = seed, batch_size
         self.context = context or context_length(model)
         self.request = _Request(1, step_tokens, temperature, top_p, top_k, eos_token_id, pad_token_id, seed)
@@ -90,14 +102,22 @@ class StepSampler:
         """Empties the pool: what is sampled next depends on the nodes alone, as after a restart."""
         self.pool.clear()
 
-    @torch.inference_mode()
     def __call__(self, nodes: Sequence[Node], widths: Sequence[int]) -> list[list[Step]]:
+        return self._run(nodes, widths, self.step_draw)
+
+    def complete(self, nodes: Sequence[Node], number: int, max_tokens: int) -> list[list[list[int]]]:
+        """``number`` responses completed from each node, at most ``max_tokens`` longer, on the same pool."""
+        draw = _Draw(self.eos, max_tokens, (1,), keep=False)
+        return [[list(step.ids) for step in steps] for steps in self._run(nodes, [number] * len(nodes), draw)]
+
+    @torch.inference_mode()
+    def _run(self, nodes: Sequence[Node], widths: Sequence[int], draw: _Draw) -> list[list[Step]]:
         was_training = self.model.training
         self.model.eval()
         found: list[list[Step]] = []
         try:
             for first, last in self._batches(widths):
-                found += self._sample(nodes[first:last], widths[first:last])
+                found += self._sample(nodes[first:last], widths[first:last], draw)
         finally:
             self.model.train(was_training)
         return found
@@ -112,25 +132,24 @@ class StepSampler:
             rows += width
         return [*ranges, (first, len(widths))] if widths else []
 
-    def _sample(self, nodes: Sequence[Node], widths: Sequence[int]) -> list[list[Step]]:
-        rooms = [self._room(node) for node in nodes]
+    def _sample(self, nodes: Sequence[Node], widths: Sequence[int], draw: _Draw) -> list[list[Step]]:
+        rooms = [self._room(node, draw.tokens) for node in nodes]
         if not all(rooms):  # a path that fills the context gets nothing
             fits = [i for i, room in enumerate(rooms) if room]
-            found = self._sample([nodes[i] for i in fits], [widths[i] for i in fits]) if fits else []
+            found = self._sample([nodes[i] for i in fits], [widths[i] for i in fits], draw) if fits else []
             at = dict(zip(fits, found, strict=True))
             return [at.get(i, []) for i in range(len(nodes))]
         start = self._start(nodes, max(rooms))
         if start.logits.isnan().any():
             raise RunError("the model's logits are NaN: its weights, or its type (dtype), are not usable")
-        tokens, logps, saved = self._decode(start, nodes, widths, rooms)
+        tokens, logps, saved = self._decode(start, nodes, widths, rooms, draw)
         steps = self._steps(nodes, widths, tokens, logps)
         if saved is not None:
             self._keep(steps, *saved)
         return steps
 
-    def _room(self, node: Node) -> int:
-        """Tokens that a step below ``node`` may have."""
-        most = self.request.max_new_tokens
+    def _room(self, node: Node, most: int) -> int:
+        """Of ``most`` tokens below ``node``, those that the context has room for."""
         return most if self.context is None else max(0, min(most, self.context - len(node.ids)))
 
     # ---- from the paths to the first logits
@@ -197,7 +216,7 @@ class StepSampler:
     # ---- from the first logits to the steps
 
     def _decode(
-        self, start: _Start, nodes: Sequence[Node], widths: Sequence[int], rooms: Sequence[int]
+        self, start: _Start, nodes: Sequence[Node], widths: Sequence[int], rooms: Sequence[int], draw: _Draw
     ) -> tuple[list[list[int]], list[float], tuple[list[Tensor], list[Tensor]] | None]:
         """(tokens of each of the R steps, their summed log-probs, keys and values per layer [R, room, H, D])."""
         repeats = torch.tensor(widths, device=self.device)
@@ -205,13 +224,14 @@ class StepSampler:
         logits, mask, positions = (
             x.repeat_interleave(repeats, 0) for x in (start.logits, start.mask, start.positions + 1)
         )
-        uniforms = self._uniforms(nodes, widths).to(self.device)  # [R, T]
+        uniforms = self._uniforms(nodes, widths, draw).to(self.device)  # [R, T]
         rows, width, room = uniforms.shape[0], mask.shape[1], max(rooms)
         limits = torch.tensor(rooms, device=self.device).repeat_interleave(repeats)  # [R]
         generated = torch.full((rows, room), self.request.pad_token_id, device=self.device)  # [R, room]
         sums = torch.zeros(rows, dtype=torch.float64, device=self.device)  # [R]
         lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)  # [R]
-        saved = None if self.why_no_pool is not None else self._wave_buffer(start.cache, rows, room)
+        kept = draw.keep and self.why_no_pool is None
+        saved = self._wave_buffer(start.cache, rows, room) if kept else None
         left = torch.arange(rows, device=self.device)  # [A] rows still in the batch
         running = torch.ones_like(left, dtype=torch.bool)  # [A]
         for t in range(room):
@@ -221,7 +241,7 @@ class StepSampler:
             sums[left] += torch.where(running, logp, 0).double()
             lengths[left] += running
             generated[left, t] = tokens
-            running &= ~torch.isin(tokens, self.stop_ids) & (lengths[left] < limits[left])
+            running &= ~torch.isin(tokens, draw.stop_ids) & (lengths[left] < limits[left])
             alive = running.nonzero()[:, 0]
             self.seconds += time.perf_counter() - started
             if alive.numel() == 0 or t + 1 == room:
@@ -255,13 +275,13 @@ class StepSampler:
             keys[rows, :count] = layer.keys[:, :, width : width + count].transpose(1, 2)
             values[rows, :count] = layer.values[:, :, width : width + count].transpose(1, 2)
 
-    def _uniforms(self, nodes: Sequence[Node], widths: Sequence[int]) -> Tensor:
-        """[R, step_tokens] in [0, 1), a stream for every step of every node; zeros when greedy."""
-        length = self.request.max_new_tokens
+    def _uniforms(self, nodes: Sequence[Node], widths: Sequence[int], draw: _Draw) -> Tensor:
+        """[R, draw.tokens] in [0, 1), a stream for every step of every node; zeros when greedy."""
+        length = draw.tokens
         if self.request.temperature == 0:
             return torch.zeros(sum(widths), length)
         draws = [
-            np.random.default_rng([self.seed, node.prompt, node.node, node.children]).random(
+            np.random.default_rng([self.seed, node.prompt, node.node, node.children, *draw.stream]).random(
                 (width, length), dtype=np.float32
             )
             for node, width in zip(nodes, widths, strict=True)
