@@ -259,6 +259,13 @@ class TrainingKeys:
     max_grad_norm: float = _key(1.0, "gradient clipping; 0: off")
     micro_batch_tokens: int = _key(16384, "tokens per forward; a batch is split into as many as it takes")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward")
+    sharing: bool = _key(
+        True, "log-probs and training on trees: a token that several responses to a prompt share is computed once"
+    )
+    batch_by: Literal["prompt", "pair"] = _key(
+        "prompt",
+        "prompt: the pairs of a prompt stand side by side, which is what sharing saves on; pair: all pairs are mixed",
+    )
     checkpoint_steps: int = _key(100, "steps between checkpoints: what a kill while training costs at most")
 
 

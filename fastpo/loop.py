@@ -42,6 +42,7 @@ from fastpo.references import TOKEN_COLUMNS, Reference, needs_kl, reference_tens
 from fastpo.results import result_row
 from fastpo.rewards import load_reward
 from fastpo.run import Run, context_of
+from fastpo.sharing import sharing_scorer
 from fastpo.tracking import Tracker
 from fastpo.training import Record, TrainConfig, train_preference, train_sft
 
@@ -86,6 +87,8 @@ class Loop:
         self.run.open()
         self.check_data()
         self.warm_start()
+        if self.config.sharing and iterations_of(self.config) > 0:
+            sharing_scorer(self.run.model(0))  # refuses a model that cannot share before anything is sampled
         self.evaluate(0)
         self.show_results(0)
         for iteration in range(1, iterations_of(self.config) + 1):
@@ -280,6 +283,8 @@ class Loop:
             "max_grad_norm": self.config.max_grad_norm,
             "micro_batch_tokens": self.config.micro_batch_tokens,
             "gradient_checkpointing": self.config.gradient_checkpointing,
+            "sharing": self.config.sharing,
+            "batch_by": self.config.batch_by,
             "checkpoint_steps": self.config.checkpoint_steps,
             "seed": stages.derive_seed(self.config.seed, "train", stage),
         }

@@ -18,6 +18,7 @@ from fastpo.data import Codec, Text
 from fastpo.models import PromptResponse, ResponseScorer, collate, response_logps, split_by_tokens
 from fastpo.objectives import Objective, contrast_token_rewards, mixed_reference
 from fastpo.pairs import PairRecord
+from fastpo.sharing import tree_response_logps
 
 Progress = Callable[[int], None]
 TOKEN_COLUMNS = ("token_coefs", "weights")  # of Segments, those that `reference_tensors` can fill
@@ -87,7 +88,8 @@ def _logps(
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
     budget = config.micro_batch_tokens
-    return response_logps(model, responses, micro_batch_tokens=budget, accelerator=accelerator, progress=progress)
+    logps_of = tree_response_logps if config.sharing else response_logps
+    return logps_of(model, responses, micro_batch_tokens=budget, accelerator=accelerator, progress=progress)
 
 
 def _contrasted(pairs: Sequence[PairRecord], text: str, codec: Codec) -> list[PromptResponse]:

@@ -24,6 +24,7 @@ from fastpo.pairs import COLUMNS, GOLD, RULES, SEARCHED, PairRecord, response_ke
 from fastpo.references import TOKEN_COLUMNS
 from fastpo.rewards import Scorer, final_answer, gold_answer, same_answer, vote_key
 from fastpo.sampling import generate
+from fastpo.sharing import tree_response_logps
 
 Row = dict[str, Any]
 Progress = Callable[[int], None]
@@ -214,7 +215,8 @@ def packed_logps(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """``{"logps": [T] fp32, "cu_seqlens": [S+1] int64}`` in the order of ``responses``, each scored once."""
-    logps, cu_seqlens = response_logps(
+    logps_of = tree_response_logps if config.sharing else response_logps
+    logps, cu_seqlens = logps_of(
         model,
         list(responses.values()),
         micro_batch_tokens=config.micro_batch_tokens,

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from fastpo.errors import FastpoError
 from fastpo.integrations.head import Head
-from fastpo.models import Batch, PromptResponse, ResponseScorer, collate
+from fastpo.models import Batch, PromptResponse, ResponseScorer, collate, split_by_tokens
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
 from fastpo.references import Reference, needs_kl
-from fastpo.types import Pairs, Segments
+from fastpo.types import Pairs, PreferenceOutput, Segments
 
 Record = dict[str, float]  # what one step measured
-_STATS = ("entropy", "topk_mass", "topk_entropy")
+STATS = ("entropy", "topk_mass", "topk_entropy")
+NUM_PAIR_SUMS = 15  # of ``PreferenceTask.sums``; the others are ``token_sums``
 # Columns of Pairs: where they are in a PairRecord.
 _COLUMNS = {"soft_labels": "soft_label", "margins": "margin", "targets": "targets", "relevance": "gains"}
 
@@ -25,38 +26,63 @@ class Task(Protocol):
     """What the optimizer loop needs to know of a stage. Items are indices into its data."""
 
     lengths: list[int]  # of each item: the tokens that go through the model, with its own padding
+    prompts: list[int]  # of each item: a number that items with its prompt share
+
+    def scorer(self, model: Any) -> nn.Module:
+        """The module whose forward and backward train ``model``."""
+
+    def rounds(
+        self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
+    ) -> list[list[Any]]:
+        """The shares of a batch, each one forward and backward of ``budget`` tokens. Processes take those of a round at
+        the same time; a round has at most one for each."""
 
     def normalizer(self, batch: Sequence[int]) -> float:
         """What the summed loss of a batch is divided by."""
 
-    def loss(
-        self, scorer: nn.Module, items: Sequence[int], batch: Sequence[int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The summed loss [] of some items of a batch, with gradient; and the sums [K] that ``record`` divides."""
+    def loss(self, scorer: nn.Module, share: Any, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The summed loss [] of a share, with gradient; and the sums [K] that ``record`` divides."""
 
     def record(self, sums: list[float]) -> Record:
         """Means over a batch, from the sums of all its items."""
 
 
-class SupervisedTask:
+class ItemTask:
+    """Items padded to one width in each share."""
+
+    lengths: list[int]
+
+    def scorer(self, model: Any) -> nn.Module:
+        return ResponseScorer(model)
+
+    def rounds(
+        self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
+    ) -> list[list[Any]]:
+        groups = split_by_tokens([self.lengths[i] for i in batch], budget, processes)
+        dealt = [[[batch[i] for i in group[rank::processes]] for rank in range(processes)] for group in groups]
+        return [[share for share in shares if share] for shares in dealt]
+
+
+class SupervisedTask(ItemTask):
     """NLL per response token."""
 
     def __init__(self, examples: Sequence[PromptResponse]):
         self.examples = examples
         self.lengths = [len(prompt) + len(response) - 1 for prompt, response in examples]
+        self.prompts = _numbered(prompt for prompt, _ in examples)
 
     def normalizer(self, batch: Sequence[int]) -> float:
         return sum(len(self.examples[i][1]) for i in batch)
 
     def loss(
-        self, scorer: nn.Module, items: Sequence[int], batch: Sequence[int], device: torch.device
+        self, scorer: nn.Module, share: Sequence[int], batch: Sequence[int], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        packed = collate([self.examples[i] for i in items]).to(device)
+        packed = collate([self.examples[i] for i in share]).to(device)
 
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            logps, stats = head.logps(hidden, packed.labels, stats=_STATS)  # [R]
+            logps, stats = head.logps(hidden, packed.labels, stats=STATS)  # [R]
             loss = -logps.sum()
-            return loss, torch.stack([loss.detach(), *_token_sums(stats)])
+            return loss, torch.stack([loss.detach(), *token_sums(stats)])
 
         return scorer(packed, of)
 
@@ -65,7 +91,7 @@ class SupervisedTask:
         return {"loss": loss / token_sums[-1], **_token_means(token_sums)}
 
 
-class PreferenceTask:
+class PreferenceTask(ItemTask):
     """An objective of ``fastpo.objectives`` over pairs. Equal keys stand for one response to one prompt."""
 
     def __init__(
@@ -83,30 +109,20 @@ class PreferenceTask:
                 raise FastpoError(f"reference has no model; objective {objective.name} needs its whole distribution")
             self.ref_scorer = ResponseScorer(self.reference.model)
         self.lengths = [len(p.present) * (p.longest - 1) for p in pairs]
+        self.prompts = _numbered(p.prompt_ids for p in pairs)
         _check_reference(pairs, None if self.reference is None else self.reference.logps, objective)
 
     def normalizer(self, batch: Sequence[int]) -> float:
         return len(batch)
 
-    def loss(
-        self, scorer: nn.Module, items: Sequence[int], batch: Sequence[int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        pairs = [self.pairs[i] for i in items]
+    def loss(self, scorer: nn.Module, share: Any, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        pairs = [self.pairs[i] for i in share]
         responses: dict[str, PromptResponse] = {}  # each distinct one goes through the model once
         for pair in pairs:
             responses |= {key: (prompt, ids) for key, prompt, ids in pair.present}
         packed = collate(list(responses.values())).to(device)
-        table = self._table(pairs, list(responses)).to(device)
-        ref_logps, columns = None, {}
-        if self.reference is not None:
-            ref_logps = _packed(self.reference.logps, responses, device)
-            columns = {name: _packed(values, responses, device) for name, values in self.reference.columns.items()}
-        known = self._reference_states(packed)
-
-        index = table.index[:, :2]  # [P, 2]
-        here = index >= 0
-        lengths = packed.cu_seqlens.diff()[index]  # [P, 2]
-        given_segments, objective = Segments(packed.cu_seqlens, **columns), self._summed(batch)
+        ref_logps, given_segments, table = self.arguments(pairs, list(responses), packed.cu_seqlens)
+        objective, known = self.summed(batch), self._reference_states(packed)
 
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
             segments = given_segments
@@ -114,28 +130,44 @@ class PreferenceTask:
                 kl = head.token_kl(hidden, *known)  # [R]
                 segments = replace(segments, kl=kl, kl_weights=segments.weights)
             given = (hidden, packed.labels, ref_logps, segments, table, objective)
-            out, stats = head.preference_loss(*given, stats=_STATS)
-            total = torch.where(here, out.logps[index], 0.0)  # [P, 2]
-            mean = total / lengths  # [P, 2]
-            both = here.all(1)
-            right = [both & (values[:, 0] > values[:, 1]) for values in (total, mean)]
-            rewards, nll = out.rewards[:, :2], out.nll[:, 0]
-            if objective.couple is not None or objective.list_loss is not None:  # whose tuples may be others
-                rewards, nll = objective.beta * torch.where(here, out.scores[index], 0.0), -mean[:, 0]
-            sums = [
-                *(values.sum() for values in (out.losses, rewards[:, 0] > rewards[:, 1], *right)),
-                torch.tensor(len(pairs), device=device),
-                both.sum(),
-                nll.sum(),
-                *rewards.sum(0),
-                *total.sum(0),
-                *mean.sum(0),
-                *here.sum(0),
-                *_token_sums(stats),
-            ]
-            return out.loss, torch.stack([s.detach().float() for s in sums])
+            out, stats = head.preference_loss(*given, stats=STATS)
+            return out.loss, self.sums(out, table, packed.cu_seqlens, stats)
 
         return scorer(packed, of)
+
+    def arguments(
+        self, pairs: Sequence[PairRecord], keys: Sequence[str], cu_seqlens: Tensor
+    ) -> tuple[Tensor | None, Segments, Pairs]:
+        """What ``preference_loss`` takes beside log-probs: reference, segments and tuples of the sequences ``keys``."""
+        device, ref_logps, columns = cu_seqlens.device, None, {}
+        if self.reference is not None:
+            ref_logps = _packed(self.reference.logps, keys, device)
+            columns = {name: _packed(values, keys, device) for name, values in self.reference.columns.items()}
+        return ref_logps, Segments(cu_seqlens, **columns), self._table(pairs, keys).to(device)
+
+    def sums(self, out: PreferenceOutput, table: Pairs, cu_seqlens: Tensor, stats: Mapping[str, Tensor]) -> Tensor:
+        """[K] what ``record`` divides: of the pairs of ``table`` and of the tokens [R] that ``stats`` speak of."""
+        index = table.index[:, :2]  # [P, 2]
+        here = index >= 0
+        total = torch.where(here, out.logps[index], 0.0)  # [P, 2]
+        mean = total / cu_seqlens.diff()[index]  # [P, 2]
+        both = here.all(1)
+        right = [both & (values[:, 0] > values[:, 1]) for values in (total, mean)]
+        rewards, nll = out.rewards[:, :2], out.nll[:, 0]
+        if self.objective.couple is not None or self.objective.list_loss is not None:  # whose tuples may be others
+            rewards, nll = self.objective.beta * torch.where(here, out.scores[index], 0.0), -mean[:, 0]
+        sums = [
+            *(values.sum() for values in (out.losses, rewards[:, 0] > rewards[:, 1], *right)),
+            torch.tensor(len(index), device=index.device),
+            both.sum(),
+            nll.sum(),
+            *rewards.sum(0),
+            *total.sum(0),
+            *mean.sum(0),
+            *here.sum(0),
+            *token_sums(stats),
+        ]
+        return torch.stack([s.detach().float() for s in sums])
 
     @torch.no_grad()
     def _reference_states(self, packed: Batch) -> tuple[Head, Tensor] | None:
@@ -155,7 +187,7 @@ class PreferenceTask:
         )
 
     def record(self, sums: list[float]) -> Record:
-        loss, accuracy, ranking, ranking_per_token, pairs, both, nll, *members = sums[:15]
+        loss, accuracy, ranking, ranking_per_token, pairs, both, nll, *members = sums[:NUM_PAIR_SUMS]
         chosen, rejected = members[6:]
         record = {"loss": loss / pairs, "nll": _ratio(nll, chosen)}
         for at, name in enumerate(("rewards", "logps", "logps_per_token")):
@@ -165,9 +197,9 @@ class PreferenceTask:
         record["accuracy"] = accuracy / pairs
         if both:
             record |= {"ranking_accuracy": ranking / both, "ranking_accuracy_per_token": ranking_per_token / both}
-        return {**record, **_token_means(sums[15:])}
+        return {**record, **_token_means(sums[NUM_PAIR_SUMS:])}
 
-    def _summed(self, batch: Sequence[int]) -> Objective:
+    def summed(self, batch: Sequence[int]) -> Objective:
         """Summed over pairs. An NLL per token of the batch counts the tokens of the whole batch, not of the items."""
         objective = replace(self.objective, reduction="sum")
         if objective.nll_normalizer != "batch" or not objective.nll_coefs:
@@ -206,16 +238,22 @@ def _column(values: Sequence[Any], width: int) -> Tensor:
     return torch.tensor(values)
 
 
+def _numbered(prompts: Iterable[Sequence[int]]) -> list[int]:
+    """Equal ones get the same number."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+
+
 def _ratio(total: float, number: float) -> float:
     return total / number if number else 0.0
 
 
-def _token_sums(stats: Mapping[str, Tensor]) -> list[Tensor]:
+def token_sums(stats: Mapping[str, Tensor]) -> list[Tensor]:
     """Of the response tokens [R]: each statistic, and their number, summed."""
-    values = [stats[name].detach() for name in _STATS]
+    values = [stats[name].detach() for name in STATS]
     return [*(value.sum() for value in values), values[0].new_tensor(values[0].shape[0])]
 
 
 def _token_means(sums: Sequence[float]) -> Record:
     *values, tokens = sums
-    return {**{name: value / tokens for name, value in zip(_STATS, values, strict=True)}, "tokens": tokens}
+    return {**{name: value / tokens for name, value in zip(STATS, values, strict=True)}, "tokens": tokens}

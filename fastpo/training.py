@@ -5,6 +5,7 @@ the step. Checkpoints (model, optimizer, random states, history) let a killed st
 result to the bit.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,14 @@ from transformers import PreTrainedModel
 
 from fastpo.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from fastpo.errors import FastpoError
-from fastpo.models import PromptResponse, ResponseScorer, check_sequences, context_length, split_by_tokens
+from fastpo.models import PromptResponse, check_sequences, context_length
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
-from fastpo.references import Reference
+from fastpo.references import Reference, needs_kl
 from fastpo.tasks import PreferenceTask, Record, SupervisedTask, Task
+from fastpo.tree_task import TreePreferenceTask
 
+logger = logging.getLogger("fastpo")
 Log = Callable[[Record], None]
 
 
@@ -44,6 +47,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 0: off
     micro_batch_tokens: int = 16384  # tokens, padding included, in one forward of one process
     gradient_checkpointing: bool = False
+    sharing: bool = True  # preference pairs: a token that several responses share goes through the model once
+    batch_by: Literal["prompt", "pair"] = "pair"  # what is shuffled: prompts with all their pairs, or pairs
     checkpoint_steps: int = 100
     seed: int = 0
 
@@ -59,14 +64,17 @@ class TrainConfig:
     def _num_draws(self, num_items: int) -> int:
         return round(self.num_epochs * num_items) if self.num_epochs is not None else 0
 
-    def batches(self, num_items: int) -> list[list[int]]:
-        """The items of each step: one permutation per epoch, drawn from ``seed``, cut into batches across epochs."""
+    def batches(self, num_items: int, prompts: Sequence[int] = ()) -> list[list[int]]:
+        """The items of each step: one permutation per epoch, drawn from ``seed``, cut into batches across epochs.
+
+        ``prompts`` [num_items]: the items of one prompt stand side by side in each permutation.
+        """
         steps = self.num_steps(num_items)
         draws = steps * self.batch_size
         if self.num_epochs is not None:
             draws = min(draws, self._num_draws(num_items))
         generator = torch.Generator().manual_seed(self.seed)
-        epochs = [torch.randperm(num_items, generator=generator) for _ in range(math.ceil(draws / num_items))]
+        epochs = [_permutation(num_items, prompts, generator) for _ in range(math.ceil(draws / num_items))]
         order = torch.cat(epochs)[:draws].tolist()
         return [order[start : start + self.batch_size] for start in range(0, draws, self.batch_size)]
 
@@ -114,18 +122,25 @@ def train_preference(
     """Trains ``model`` in place on preference ``pairs``: the mean of ``objective`` over the pairs of a batch.
 
     ``reference``: of each response's key the reference log-probs, [n] fp32 on the CPU, as a mapping or as a Reference
-    with more; None for an objective with ``ref_coef=0``. A response that stands in several pairs of a micro-batch goes
-    through the model once. The gradient is that of the whole batch's mean, however it is split into micro-batches and
-    processes; an objective that couples its batch (``couple``) couples each micro-batch by itself.
+    with more; None for an objective with ``ref_coef=0``. The gradient is that of the whole batch's mean, however it is
+    split into micro-batches and processes.
+
+    With ``config.sharing`` the responses of a batch make trees (fastpo/tree_task.py): each distinct token goes through
+    the model once, and an objective that couples its batch (``couple``) couples all of it. Without, and for objectives
+    of the KL over the vocabulary, a response goes through once for all its pairs of a micro-batch, and what couples a
+    batch couples each micro-batch by itself.
 
     Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking
     accuracy; log-probs per response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per
     token; gradient norm; learning rate. ``log``, resuming and ``output_dir`` are as in ``train_sft``.
 
     Raises FastpoError before any work for no pairs, for an empty or too long response, and for reference log-probs that
-    are missing, of the wrong shape, or not wanted.
+    are missing, of the wrong shape, or not wanted, and with ``config.sharing`` for a model that cannot take trees.
     """
-    task = PreferenceTask(pairs, reference, objective)
+    sharing = config.sharing and not needs_kl(objective)
+    if config.sharing and not sharing:
+        logger.warning("objective %s takes the KL of whole distributions: trained without sharing", objective.name)
+    task = (TreePreferenceTask if sharing else PreferenceTask)(pairs, reference, objective)
     for at, name in enumerate(("chosen", "rejected")):
         sequences = [p.members[at][1:] for p in pairs if p.members[at][0] or not p.present]
         check_sequences(sequences, context_length(model), f"{name} of pairs")
@@ -140,12 +155,12 @@ def _fit(
     """Minimises the task's mean loss over the batches of ``config``. Returns the record of each step."""
     if not task.lengths:
         raise FastpoError("there is nothing to train on: no examples, or no pairs")
-    batches = config.batches(len(task.lengths))
+    batches = config.batches(len(task.lengths), task.prompts if config.batch_by == "prompt" else ())
     model.eval()  # no dropout
     if config.gradient_checkpointing:  # works in train mode only
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         _disable_dropout(model.train())
-    scorer, optimizer = accelerator.prepare(ResponseScorer(model), _optimizer(model, config))
+    scorer, optimizer = accelerator.prepare(task.scorer(model), _optimizer(model, config))
     parameters = [p for p in scorer.parameters() if p.requires_grad]
     checkpoints = output_dir / "checkpoints"
     try:
@@ -180,17 +195,26 @@ def _accumulate_gradients(
 ) -> list[float]:
     """Gradients of the batch's mean loss, and its summed values over all processes."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    groups = list(split_by_tokens([task.lengths[i] for i in items], config.micro_batch_tokens, world))
+    rounds = task.rounds(scorer, items, config.micro_batch_tokens, world, accelerator.device)
     scale = world / task.normalizer(items)  # gradients are averaged over processes
     total: Any = 0
-    for number, group in enumerate(groups, start=1):
-        mine = [items[i] for i in group[rank::world]]
-        with nullcontext() if number == len(groups) else accelerator.no_sync(scorer):
+    for number, shares in enumerate(rounds, start=1):
+        mine = rank < len(shares)
+        with nullcontext() if number == len(rounds) else accelerator.no_sync(scorer):
             # a process without a share still takes part in the collectives of the forward and backward
-            loss, values = task.loss(scorer, mine or [items[group[0]]], items, accelerator.device)
+            loss, values = task.loss(scorer, shares[rank if mine else 0], items, accelerator.device)
             accelerator.backward(loss * (scale if mine else 0.0))
         total = total + (values if mine else torch.zeros_like(values))
     return accelerator.reduce(total).tolist()
+
+
+def _permutation(num_items: int, prompts: Sequence[int], generator: torch.Generator) -> Tensor:
+    """[num_items]; with ``prompts`` the items of one side by side, prompts and items within each in random order."""
+    order = torch.randperm(num_items, generator=generator)
+    if not prompts:
+        return order
+    place = torch.randperm(max(prompts) + 1, generator=generator)  # of each prompt
+    return order[place[torch.tensor(prompts)[order]].argsort(stable=True)]
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -83,6 +83,10 @@ def run_preference(path, log=lambda record: None, **changes):
     return model, history
 
 
+def run_unshared(path, log=lambda record: None, **changes):
+    return run_preference(path, log, sharing=False, **changes)
+
+
 def sequence_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
@@ -184,7 +188,7 @@ def test_supervised_loss_is_the_mean_over_response_tokens(tmp_path):
     assert history[0]["tokens"] == len(logps)
 
 
-@pytest.mark.parametrize("run", [run_sft, run_preference])
+@pytest.mark.parametrize("run", [run_sft, run_preference, run_unshared])
 def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, run):
     """Killed before the first checkpoint (steps 1 and 2), right after it (3) and before the next one (4)."""
     expected, history = run(tmp_path / "whole", checkpoint_steps=2)
@@ -204,8 +208,9 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, run):
     assert largest_difference(found, expected) == 0.0
 
 
-def test_training_twice_gives_the_same_bits(tmp_path):
-    one, two = run_preference(tmp_path / "a"), run_preference(tmp_path / "b")
+@pytest.mark.parametrize("run", [run_preference, run_unshared])
+def test_training_twice_gives_the_same_bits(tmp_path, run):
+    one, two = run(tmp_path / "a"), run(tmp_path / "b")
     assert one[1] == two[1] and largest_difference(one[0], two[0]) == 0.0
 
 
@@ -225,7 +230,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     model = build()
     arguments = {"objective": objectives.irpo(), "accelerator": Accelerator(cpu=True), "log": lambda record: None}
     train_preference(model, pairs(9), reference(pairs(9)), config=settings(), output_dir=tmp_path / "one", **arguments)
-    for name in ("ddp", "fsdp2", "fsdp2_resumed"):
+    for name in ("ddp", "cut", "unshared", "fsdp2", "fsdp2_resumed", "fsdp2unshared"):
         assert largest_difference(load_model(tmp_path / name), model) < 1e-5, name
     expected, _ = response_logps(build(), [(p.prompt_ids, p.chosen_ids) for p in pairs(9)])
     torch.testing.assert_close(torch.load(tmp_path / "logps.pt"), expected, rtol=1e-5, atol=1e-5)
@@ -242,7 +247,7 @@ def test_under_mixed_precision_the_reference_is_the_policy_at_the_start(tmp_path
         arguments = {"objective": objectives.irpo(), "accelerator": accelerator, "log": lambda record: None}
         model = build()
         records = train_preference(
-            model, pairs(), ref_logps, config=settings(num_epochs=4), output_dir=tmp_path, **arguments
+            model, pairs(), ref_logps, config=settings(num_epochs=4, sharing=False), output_dir=tmp_path, **arguments
         )
     finally:
         AcceleratorState._reset_state()

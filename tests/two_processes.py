@@ -2,9 +2,9 @@
 
     python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py DIR
 
-Trains with DDP and with FSDP2, whole and resumed (micro-batches of one or two pairs, a last batch that is smaller than
-the others), and leaves the models in DIR/ddp, DIR/fsdp2 and DIR/fsdp2_resumed, and log-probs that the two processes
-have shared out in DIR/logps.pt.
+Trains with DDP and with FSDP2 (micro-batches of one or two pairs, a last batch that is smaller than the others), DDP
+with trees that are cut as well, FSDP2 resumed as well, both without trees as well, and leaves each model in DIR/NAME,
+and log-probs that the two processes have shared out in DIR/logps.pt.
 """
 
 import sys
@@ -34,7 +34,7 @@ def train(name: str, accelerator: Accelerator, **changes):
         pairs(9),
         reference(pairs(9)),
         objective=objectives.irpo(),
-        config=settings(micro_batch_tokens=60, **changes),
+        config=settings(**{"micro_batch_tokens": 60, **changes}),
         output_dir=directory / name.split("_")[0],
         accelerator=accelerator,
         log=lambda record: None,
@@ -59,6 +59,8 @@ def fsdp2_accelerator() -> Accelerator:
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 train("ddp", accelerator)
+train("cut", accelerator, micro_batch_tokens=25)
+train("unshared", accelerator, sharing=False)
 logps, _ = response_logps(build(), [(p.prompt_ids, p.chosen_ids) for p in pairs(9)], accelerator=accelerator)
 if accelerator.is_main_process:
     torch.save(logps, directory / "logps.pt")
@@ -68,4 +70,5 @@ sharded = train("fsdp2", accelerator, checkpoint_steps=4)
 assert isinstance(sharded.model.layers[0], FSDPModule)
 assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
 train("fsdp2_resumed", accelerator)  # from the checkpoint that the run before has left
+train("fsdp2unshared", fsdp2_accelerator(), sharing=False)
 torch.distributed.destroy_process_group()

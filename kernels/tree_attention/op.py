@@ -169,8 +169,9 @@ def tree_attention(
     Source: derived in this folder's README; the online softmax of Milakov and Gimelshein (2018) in the tiles of
     FlashAttention (Dao et al. 2022).
     """
+    q, k, v = _under_autocast(q, k, v)
     check_arguments(q, k, v, tree, scale, softcap, window, sinks)
-    q, k, v = (_unit_last_stride(x) for x in _under_autocast(q, k, v))
+    q, k, v = (_unit_last_stride(x) for x in (q, k, v))
     blocks = tree if isinstance(tree, AttentionBlocks) else attention_blocks(tree)
     out, _ = _forward_op(
         q,
@@ -192,7 +193,9 @@ def _unit_last_stride(x: Tensor) -> Tensor:
 
 
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's type where it is on."""
+    """In autocast's type where it is on: rotary embeddings leave q and k in fp32, v in autocast's type."""
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return tensors
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

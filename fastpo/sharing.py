@@ -1,0 +1,52 @@
+"""What the loop does on trees beside training: reference log-probs, and saying why a model cannot share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastpo.errors import FastpoError
+from fastpo.models import PromptResponse, check_sequences, context_length
+from fastpo.scoring import TreeScorer, score_stream
+from fastpo.trees import build_tree, sequence_nodes
+
+
+def sharing_scorer(model: Any) -> TreeScorer:
+    """A TreeScorer of ``model``; FastpoError with the reason and the way out for a model that cannot take trees."""
+    try:
+        return TreeScorer(model)
+    except FastpoError as error:
+        raise FastpoError(f"{error}; --no-sharing trains it without trees") from error
+
+
+def tree_response_logps(
+    model: Any,
+    sequences: Sequence[PromptResponse],
+    *,
+    micro_batch_tokens: int = 16384,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``models.response_logps``, arguments and result, with each distinct token of a prompt's responses scored once.
+
+    Raises FastpoError, besides, for a model that cannot take trees.
+    """
+    check_sequences(sequences, context_length(model), "sequences")
+    sharing_scorer(model)
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    for i, (prompt, _) in enumerate(sequences):
+        prompts.setdefault(tuple(prompt), []).append(i)
+    trees = [build_tree([[*prompt, *sequences[i][1]] for i in own], len(prompt)) for prompt, own in prompts.items()]
+    budget = max([micro_batch_tokens, *(len(prompt) + len(response) for prompt, response in sequences)])
+    cu_seqlens = torch.tensor([0, *(len(response) for _, response in sequences)]).cumsum(0)
+    logps = torch.zeros(int(cu_seqlens[-1]))  # [T]
+    scores = score_stream(model, trees, token_budget=budget, accelerator=accelerator)
+    for own, tree, scored in zip(prompts.values(), trees, scores, strict=True):
+        nodes, bounds = sequence_nodes(tree)
+        for i, part in zip(own, scored.logps[nodes].split(bounds.diff().tolist()), strict=True):
+            logps[cu_seqlens[i] : cu_seqlens[i + 1]] = part
+        if progress is not None:
+            progress(len(own))
+    return logps, cu_seqlens

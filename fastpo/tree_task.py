@@ -1,0 +1,200 @@
+"""Preference training on trees: each distinct token of a prompt's responses goes through the model once.
+
+The responses of a prompt make a tree; trees share rows of at most the budget, and a row is one forward and backward.
+The gradient is that of the mean over the batch's pairs, whatever the packing: losses are sums over pairs, and where
+the members of a pair do not lie in one row (their tree is over the budget, or the objective couples the whole batch),
+the loss is taken from log-probs that are scored first, without gradient; its slopes are then the coefficients of each
+row's own log-probs.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastpo.host import host
+from fastpo.kernels.preference_loss import preference_loss
+from fastpo.models import PromptResponse
+from fastpo.pairs import PairRecord
+from fastpo.sharing import sharing_scorer
+from fastpo.tasks import NUM_PAIR_SUMS, STATS, PreferenceTask, token_sums
+from fastpo.trees import build_tree, pack, sequence_nodes, trained_nodes
+from fastpo.types import TokenTree
+
+Responses = dict[str, PromptResponse]  # by key
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one forward takes: the i-th sequence of ``tree`` is the response ``keys[i]`` behind its prompt."""
+
+    tree: TokenTree
+    keys: list[str]
+    pairs: list[PairRecord]  # with all their members here: their loss is taken here
+    slopes: Mapping[str, Tensor] = field(default_factory=dict)  # key -> [n], of other pairs' loss, by its log-probs
+    values: Tensor | None = None  # [NUM_PAIR_SUMS] of those pairs, in one of their rows
+
+
+class TreePreferenceTask(PreferenceTask):
+    """``PreferenceTask`` with the same values and gradients, at the cost of the distinct tokens."""
+
+    def scorer(self, model: Any) -> nn.Module:
+        """Raises FastpoError for a model that cannot take trees."""
+        return sharing_scorer(model)
+
+    def rounds(
+        self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
+    ) -> list[list[Row]]:
+        pairs = [self.pairs[i] for i in batch]
+        couple = self.objective.couple
+        rows = plan(pairs, budget, apart=couple is not None and couple.uses_scores)
+        here = {id(pair) for row in rows for pair in row.pairs}
+        apart = [pair for pair in pairs if id(pair) not in here]
+        if apart:
+            rows = self._with_slopes(scorer, apart, rows, batch, device)
+        rows.sort(key=lambda row: -row.tree.num_nodes)
+        return [rows[start : start + processes] for start in range(0, len(rows), processes)]
+
+    def loss(self, scorer: nn.Module, share: Row, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        logps, cu_seqlens, stats = _response_logps(scorer, share.tree, device)  # [T], [S+1], [T] each
+        values = logps.new_zeros(NUM_PAIR_SUMS) if share.values is None else share.values
+        if not share.pairs:
+            values = torch.cat((values, torch.stack(token_sums(stats)).float()))
+            return (logps * self._slopes(share, cu_seqlens)).sum(), values
+        ref_logps, segments, table = self.arguments(share.pairs, share.keys, cu_seqlens)
+        if share.slopes:
+            segments = replace(segments, token_coefs=self._slopes(share, cu_seqlens))
+        out = preference_loss(logps, ref_logps, segments, table, self.summed(batch))
+        sums = self.sums(out, table, cu_seqlens, stats)
+        sums[:NUM_PAIR_SUMS] += values
+        return out.loss, sums
+
+    def _slopes(self, row: Row, cu_seqlens: Tensor) -> Tensor:
+        """[T] coefficients of a row's log-probs: its slopes where a response has them, else the response's own."""
+        columns = {} if self.reference is None else self.reference.columns
+        given = {**columns.get("token_coefs", {}), **row.slopes}
+        lengths = cu_seqlens.diff().tolist()
+        parts = [given.get(key, torch.zeros(n)) for key, n in zip(row.keys, lengths, strict=True)]
+        return torch.cat([part.to(cu_seqlens.device) for part in parts])
+
+    def _with_slopes(
+        self,
+        scorer: nn.Module,
+        apart: Sequence[PairRecord],
+        rows: Sequence[Row],
+        batch: Sequence[int],
+        device: torch.device,
+    ) -> list[Row]:
+        """``rows`` with the slopes of pairs that lie in none of them. Every process scores all the rows concerned."""
+        wanted = {key for pair in apart for key, *_ in pair.present}
+        scored: dict[str, Tensor] = {}
+        for row in rows:
+            if not wanted.isdisjoint(row.keys):
+                with torch.no_grad():
+                    logps, cu_seqlens, _ = _response_logps(scorer, row.tree, device)
+                found = zip(row.keys, logps.split(cu_seqlens.diff().tolist()), strict=True)
+                scored |= {key: part for key, part in found if key in wanted}
+        lengths = [len(part) for part in scored.values()]
+        logps = torch.cat(list(scored.values())).requires_grad_()  # [T]
+        cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+        ref_logps, segments, table = self.arguments(apart, list(scored), cu_seqlens)
+        out = preference_loss(logps, ref_logps, segments, table, self.summed(batch))
+        (gradient,) = torch.autograd.grad(out.loss, logps)
+        slopes = dict(zip(scored, gradient.split(lengths), strict=True))
+        values = self.sums(out, table, cu_seqlens, {name: logps.new_zeros(0) for name in STATS})[:NUM_PAIR_SUMS]
+        taken = [row for row in rows if not wanted.isdisjoint(row.keys)]
+        others = [row for row in rows if wanted.isdisjoint(row.keys)]
+        first, *rest = (replace(row, slopes=slopes) for row in taken)
+        return [replace(first, values=values), *rest, *others]
+
+
+def plan(pairs: Sequence[PairRecord], budget: int, *, apart: bool = False) -> list[Row]:
+    """Rows of at most ``budget`` nodes (or one path, however long), with every response of ``pairs`` in one of them.
+
+    The responses of a prompt stay together where they fit: first-fit decreasing; what prompts have in common, a row
+    has once. A tree over the budget is cut. A pair belongs to the row that has all of its members, if one does; with
+    ``apart`` none does.
+    """
+    budget = max(budget, *(pair.longest for pair in pairs))
+    together = [_responses_of(group) for group in groups(pairs)]
+    trees = [tree_of(responses) for responses in together]
+    fitting = [i for i, tree in enumerate(trees) if tree.num_nodes <= budget]
+    cut = [i for i, tree in enumerate(trees) if tree.num_nodes > budget]
+    whole = _whole_rows([together[i] for i in fitting], [trees[i].num_nodes for i in fitting], budget)
+    placed = [(tree_of(responses), list(responses)) for responses in whole]
+    if cut:
+        packed, keys = pack([trees[i] for i in cut], budget), [key for i in cut for key in together[i]]
+        names = [[keys[s] for s in sequences.tolist()] for sequences in packed.sequences]
+        placed += zip(packed.rows, names, strict=True)
+    row_of = {key: row for row, (_, keys) in enumerate(placed) for key in keys}
+    own: list[list[PairRecord]] = [[] for _ in placed]
+    for pair in () if apart else pairs:
+        rows = {row_of[key] for key, *_ in pair.present}
+        if len(rows) == 1:
+            own[rows.pop()].append(pair)
+    return [Row(tree, keys, mine) for (tree, keys), mine in zip(placed, own, strict=True) if keys]
+
+
+def groups(pairs: Sequence[PairRecord]) -> list[list[PairRecord]]:
+    """Pairs that share a prompt or a response, directly or through others."""
+    above: dict[Hashable, Hashable] = {}
+
+    def top(one: Hashable) -> Hashable:
+        while above.setdefault(one, one) != one:
+            one = above[one]
+        return one
+
+    for pair in pairs:
+        for key, prompt, _ in pair.present:
+            for one in (key, tuple(prompt)):
+                above[top(one)] = top(tuple(pair.prompt_ids))
+    found: dict[Hashable, list[PairRecord]] = {}
+    for pair in pairs:
+        found.setdefault(top(tuple(pair.prompt_ids)), []).append(pair)
+    return list(found.values())
+
+
+def tree_of(responses: Responses) -> TokenTree:
+    """The forest of prompts and responses; its sequences are in the order of the keys."""
+    sequences = [[*prompt, *response] for prompt, response in responses.values()]
+    return build_tree(sequences, [len(prompt) for prompt, _ in responses.values()])
+
+
+def _responses_of(pairs: Sequence[PairRecord]) -> Responses:
+    return {key: (prompt, ids) for pair in pairs for key, prompt, ids in pair.present}
+
+
+def _whole_rows(together: Sequence[Responses], sizes: Sequence[int], budget: int) -> list[Responses]:
+    """The responses of each row; ``sizes`` are nodes of the trees of ``together``."""
+    if not together:
+        return []
+    shared = _common_prefix([prompt for responses in together for prompt, _ in responses.values()])
+    lengths = np.array(sizes, dtype=np.int64) - shared  # few-shot examples, a chat template: once in each row
+    rows: dict[int, Responses] = {}
+    for responses, row in zip(together, host().first_fit_decreasing(lengths, budget - shared).tolist(), strict=True):
+        rows.setdefault(row, {}).update(responses)
+    return [rows[row] for row in sorted(rows)]
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of them start with."""
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    return next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def _response_logps(
+    scorer: nn.Module, tree: TokenTree, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(logps [T], cu_seqlens [S+1], statistics [T]) of the counted tokens of the tree's sequences."""
+    nodes, (tokens, cu_seqlens) = trained_nodes(tree), sequence_nodes(tree)
+    index = torch.searchsorted(nodes, tokens).to(device)  # [T] into nodes
+    logps, stats = scorer(tree.to(device), nodes.to(device), STATS)  # [M] each
+    return _take(logps, index), cu_seqlens.to(device), {name: value[index] for name, value in stats.items()}
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` whose gradient is summed in a fixed order."""
+    return values.index_select(0, index) if values.device.type == "cpu" else values[index]

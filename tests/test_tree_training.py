@@ -1,0 +1,239 @@
+"""Training on trees against the same pairs response by response: the loss, its records and every gradient.
+
+The pairs: random ones (hypothesis) from few tokens, so that responses share prefixes, are prefixes of each other and
+stand in several pairs; and worked solutions in the manner of GSM8K, edited copies of each other. Budgets from one path
+(trees are cut, the members of pairs stand in different rows) to everything in one row.
+"""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_training import pairs, reference, sequence_logps
+from test_training import settings as train_settings
+from tiny_models import EOS, VOCABULARY, build, random_tokens
+from transformers import BloomConfig, BloomForCausalLM
+
+from fastpo import objectives
+from fastpo.errors import FastpoError
+from fastpo.models import response_logps
+from fastpo.pairs import PairRecord
+from fastpo.sharing import tree_response_logps
+from fastpo.tasks import PreferenceTask
+from fastpo.training import TrainConfig, _accumulate_gradients, train_preference
+from fastpo.tree_task import TreePreferenceTask, groups, plan
+
+ONE_ROW = 10_000
+
+
+def records_of(prompts: list[list[int]], responses: list[list[list[int]]], chosen: list[tuple]) -> list[PairRecord]:
+    """``chosen``: (prompt, chosen, rejected) by number; weights differ."""
+    return [
+        PairRecord(
+            prompt_ids=prompts[p],
+            chosen_ids=responses[p][w],
+            rejected_ids=responses[p][r],
+            weight=0.5 + i / len(chosen),
+            chosen_key=f"{p}/{w}",
+            rejected_key=f"{p}/{r}",
+            margin=0.1 * i,
+        )
+        for i, (p, w, r) in enumerate(chosen)
+    ]
+
+
+@st.composite
+def forests(draw) -> list[PairRecord]:
+    prompts = draw(st.lists(st.lists(st.integers(2, 4), min_size=1, max_size=5), min_size=1, max_size=3))
+    response = st.lists(st.integers(2, 3), min_size=1, max_size=6)
+    responses = [draw(st.lists(response, min_size=2, max_size=4, unique_by=tuple)) for _ in prompts]
+    chosen = []
+    for p, own in enumerate(responses):
+        for _ in range(draw(st.integers(1, 4))):
+            w = draw(st.integers(0, len(own) - 1))
+            chosen.append((p, w, (w + draw(st.integers(1, len(own) - 1))) % len(own)))
+    return records_of(prompts, responses, chosen)
+
+
+def solutions() -> list[PairRecord]:
+    """Four questions behind the same few-shot examples, six solutions to each: edits of one another."""
+    few_shot, *questions = random_tokens(12, 7, 9, 6, 8, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    responses, chosen = [], []
+    for p in range(len(questions)):
+        (solution,) = random_tokens(24, seed=10 + p)
+        own = [[*solution, EOS]]
+        for _ in range(5):
+            edited = list(own[torch.randint(len(own), (1,), generator=generator)])
+            at = int(torch.randint(len(edited) - 1, (1,), generator=generator))
+            edited[at:-1] = random_tokens(len(edited) - 1 - at, seed=100 * p + len(own))[0]
+            own.append(edited)
+        responses.append(own)
+        chosen += [(p, w, r) for w in (0, 1) for r in range(2, 6)]
+    return records_of([few_shot + q for q in questions], responses, chosen)
+
+
+def step(task_type, records, objective, budget, model=None):
+    """(gradients, records) of one batch of all ``records``."""
+    model = model or build()
+    task = task_type(records, reference(records) if objective.needs_reference else None, objective)
+    config = train_settings(micro_batch_tokens=budget)
+    sums = _accumulate_gradients(task.scorer(model), task, list(range(len(records))), config, Accelerator(cpu=True))
+    return [p.grad for p in model.parameters()], task.record(sums)
+
+
+def assert_same_step(found, expected, rel: float = 1e-5) -> None:
+    (grads, record), (expected_grads, expected_record) = found, expected
+    assert record["loss"] == pytest.approx(expected_record["loss"], rel=rel)
+    noise = 1e-6 * torch.stack([wanted.norm() for wanted in expected_grads]).norm()  # of gradients that are all but 0
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert (grad - wanted).norm() <= rel * wanted.norm() + noise
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(forests(), st.sampled_from([1, 12, ONE_ROW]))
+def test_random_forests_give_the_gradients_of_their_paths(records, budget):
+    found = step(TreePreferenceTask, records, objectives.irpo(), budget)
+    assert_same_step(found, step(PreferenceTask, records, objectives.irpo(), ONE_ROW), rel=2e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 150, ONE_ROW])
+def test_solutions_give_the_gradients_of_their_paths(budget):
+    """And the records; statistics of tokens are means over those of distinct responses, as without trees."""
+    found = step(TreePreferenceTask, solutions(), objectives.irpo(), budget)
+    expected = step(PreferenceTask, solutions(), objectives.irpo(), ONE_ROW)
+    assert_same_step(found, expected)
+    assert found[1] == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "cpo", "ld_dpo", "bco", "beta_dpo"])
+@pytest.mark.parametrize("budget", [1, ONE_ROW])
+def test_objectives_do_not_depend_on_the_packing(name, budget):
+    """cpo divides by the tokens of the batch; bco and beta_dpo couple it, so their slopes are those of all of it."""
+    objective = objectives.by_name(name)
+    found = step(TreePreferenceTask, solutions(), objective, budget)
+    assert_same_step(found, step(PreferenceTask, solutions(), objective, ONE_ROW))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "phi"])
+def test_architectures(name):
+    found = step(TreePreferenceTask, solutions(), objectives.irpo(), 60, build(name))
+    assert_same_step(found, step(PreferenceTask, solutions(), objectives.irpo(), ONE_ROW, build(name)), rel=3e-5)
+
+
+def test_every_distinct_token_goes_through_the_model_once():
+    """The few-shot examples once for all prompts; the head sees distinct response tokens only."""
+    records = solutions()
+    (row,) = plan(records, ONE_ROW)
+    sequences = {(*p.prompt_ids, *ids) for p in records for ids in (p.chosen_ids, p.rejected_ids)}
+    assert row.tree.num_nodes == len({s[:n] for s in sequences for n in range(1, len(s) + 1)})
+    assert row.tree.num_sequences == len(set(row.keys)) == len(sequences)
+
+
+@pytest.mark.parametrize("budget", [1, 50, 60, 100, ONE_ROW])
+def test_rows_keep_to_the_budget_and_hold_every_response_once(budget):
+    records = solutions()
+    rows = plan(records, budget)
+    longest = max(p.longest for p in records)
+    assert all(row.tree.num_nodes <= max(budget, longest) for row in rows)
+    keys = [key for row in rows for key in row.keys]
+    assert sorted(keys) == sorted({key for p in records for key, *_ in p.present})
+    for row in rows:
+        assert all({key for key, *_ in pair.present} <= set(row.keys) for pair in row.pairs)
+    whole = sum(len(row.pairs) for row in rows)
+    assert whole == len(records) if budget >= 150 else whole < len(records)  # else trees were cut
+    assert all(not row.pairs for row in plan(records, budget, apart=True))
+
+
+def test_pairs_that_share_a_response_or_a_prompt_stay_together():
+    prompts, responses = [[2], [3], [4]], [[[5, 6], [7]], [[5], [8]], [[9], [9, 9]]]
+    records = records_of(prompts, responses, [(0, 0, 1), (1, 0, 1), (2, 0, 1), (0, 1, 0)])
+    assert groups(records) == [[records[0], records[3]], [records[1]], [records[2]]]
+    mismatched = PairRecord(prompts[2], [9], [5], chosen_key="2/0", others=(("0/0", prompts[0], [5, 6]),))
+    assert groups([*records, mismatched]) == [[records[0], records[2], records[3], mismatched], [records[1]]]
+
+
+def test_reference_log_probs_are_those_of_each_response():
+    records = solutions()
+    sequences = [(p.prompt_ids, ids) for p in records for ids in (p.chosen_ids, p.rejected_ids)]
+    done = []
+    found, cu_seqlens = tree_response_logps(build(), sequences, micro_batch_tokens=70, progress=done.append)
+    expected, bounds = response_logps(build(), sequences)
+    assert torch.equal(cu_seqlens, bounds) and sum(done) == len(sequences)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found[: bounds[1]], sequence_logps(build(), *sequences[0]).detach(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_two_epochs_with_and_without_sharing_have_one_loss_curve(tmp_path):
+    curves = []
+    for sharing in (True, False):
+        history = train_preference(
+            build(),
+            solutions(),
+            reference(solutions()),
+            objective=objectives.irpo(),
+            config=train_settings(num_epochs=2, batch_size=8, sharing=sharing, batch_by="prompt"),
+            output_dir=tmp_path / str(sharing),
+            accelerator=Accelerator(cpu=True),
+            log=lambda record: None,
+        )
+        curves.append([record["loss"] for record in history])
+    assert len(curves[0]) == 8 and curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert min(curves[0]) < 0.9 * curves[0][0]
+
+
+def test_batches_of_whole_prompts():
+    """Prompts and the pairs of each in random order, side by side; another order in each epoch; every item once."""
+    prompts = [0, 1, 2, 0, 1, 2, 0, 3]
+    config = TrainConfig(learning_rate=1.0, batch_size=4, num_epochs=2)
+    drawn = [i for batch in config.batches(8, prompts) for i in batch]
+    for epoch in (drawn[:8], drawn[8:]):
+        assert sorted(epoch) == list(range(8))
+        order = [prompts[i] for i in epoch]
+        assert all(order[a : order.index(p) + order.count(p)] == [p] * order.count(p) for a, p in first_of_each(order))
+    assert drawn[:8] != drawn[8:]
+    assert [prompts[i] for i in drawn] != [prompts[i] for batch in config.batches(8) for i in batch]
+
+
+def first_of_each(order: list[int]) -> list[tuple[int, int]]:
+    return [(order.index(p), p) for p in dict.fromkeys(order)]
+
+
+def test_under_mixed_precision_the_reference_is_the_policy_at_the_start(tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        responses = {key: (prompt, ids) for p in pairs() for key, prompt, ids in p.present}
+        logps, bounds = tree_response_logps(build(), list(responses.values()), accelerator=accelerator)
+        ref_logps = dict(zip(responses, logps.split(bounds.diff().tolist()), strict=True))
+        (record, *_) = train_preference(
+            build(),
+            pairs(),
+            ref_logps,
+            objective=objectives.irpo(),
+            config=train_settings(),
+            output_dir=tmp_path,
+            accelerator=accelerator,
+            log=lambda record: None,
+        )
+    finally:
+        AcceleratorState._reset_state()
+    assert abs(record["rewards_chosen"]) < 1e-3 and abs(record["rewards_rejected"]) < 1e-3
+
+
+def test_a_model_that_cannot_share_is_refused_with_the_way_out(tmp_path):
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2)).eval()
+    arguments = {"objective": objectives.simpo(), "output_dir": tmp_path, "accelerator": Accelerator(cpu=True)}
+    with pytest.raises(FastpoError, match=r"Bloom.*AttentionInterface.*; --no-sharing trains it without trees"):
+        train_preference(model, pairs(), None, config=train_settings(), log=print, **arguments)
+    with pytest.raises(FastpoError, match="--no-sharing trains it without trees"):
+        tree_response_logps(model, [([2], [3])])
+    history = train_preference(
+        model, pairs(), None, config=train_settings(sharing=False, num_epochs=1), log=lambda record: None, **arguments
+    )
+    assert len(history) == 3
