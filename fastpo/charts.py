@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fastpo.diagnostics import marked
+
 Row = Mapping[str, Any]
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#c05621", "#2f855a", "#718096"
 _STYLE: dict[Any, Any] = {
@@ -73,6 +75,19 @@ CHARTS = (
     ),
     Chart("pairs", (Series("pairs", "pairs", BLUE), Series("prompts with pairs", "paired_prompts", GREY, "--"))),
     Chart("top-10 mass of greedy answers", (Series("mean over tokens", "topk_mass", BLUE),)),
+    Chart(
+        "entropy of greedy answers",
+        (Series("top 10 tokens", "topk_entropy", BLUE), Series("all", "entropy", GREY, "--")),
+    ),
+    Chart(
+        "judge of the samples",
+        (
+            Series("right above wrong (AUC)", "score_auc", BLUE),
+            Series("right verdicts", "judge_accuracy", ORANGE),
+            Series("consistency (Kendall)", "consistency", GREEN),
+        ),
+        percent=True,
+    ),
     Chart("reward margin in training", (Series("chosen - rejected", "margin", BLUE),), steps=True, zero=True),
     Chart(
         "implicit rewards in training",
@@ -85,8 +100,19 @@ CHARTS = (
         (Series("chosen", "logps_per_token_chosen", BLUE), Series("rejected", "logps_per_token_rejected", ORANGE)),
         steps=True,
     ),
+    Chart(
+        "training pairs ranked right",
+        (
+            Series("by reward", "accuracy", GREEN),
+            Series("by summed log-prob", "ranking_accuracy", BLUE),
+            Series("by log-prob per token", "ranking_accuracy_per_token", ORANGE),
+        ),
+        steps=True,
+        percent=True,
+    ),
     Chart("loss", (Series("objective", "loss", BLUE), Series("NLL of chosen", "nll", GREY, "--")), steps=True),
     Chart("top-10 mass in training", (Series("mean over tokens", "topk_mass", BLUE),), steps=True),
+    Chart("top-10 entropy in training", (Series("mean over tokens", "topk_entropy", BLUE),), steps=True),
 )
 
 
@@ -114,6 +140,8 @@ def draw(chart: Chart, rows: Sequence[Row], histories: Sequence[Sequence[Row]]) 
 
 def _over_iterations(axes: Axes, chart: Chart, rows: Sequence[Row]) -> bool:
     drawn = False
+    for k in marked(rows):
+        axes.axvspan(k - 0.5, k + 0.5, color=ORANGE, alpha=0.12, linewidth=0)
     for series in chart.series:
         points = [(k, row[series.key]) for k, row in enumerate(rows) if row.get(series.key) is not None]
         if points:

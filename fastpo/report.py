@@ -8,6 +8,7 @@ from typing import Any
 from fastpo.artifacts import read_json, read_jsonl, write_text
 from fastpo.charts import CHARTS, draw
 from fastpo.console import COLUMNS
+from fastpo.diagnostics import marked
 from fastpo.errors import FastpoError
 from fastpo.results import result_rows, stage_seconds
 
@@ -24,6 +25,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: .8rem }
 .answer { border: 1px solid #e2e8f0; border-radius: 6px; padding: .5rem .7rem } .answer b { font-size: .85rem }
 pre { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem }
+ul.marked li { color: #c05621 }
 .right { border-left: 4px solid #2f855a } .wrong { border-left: 4px solid #c05621 }
 details summary { cursor: pointer; color: #4a5568 }
 """
@@ -40,6 +42,7 @@ def write_report(directory: str | Path) -> Path:
         f"<h1>fastpo run: {escape(directory.name)}</h1>",
         f'<p class="lead">{escape(_lead(rows))}</p>',
         _results(rows),
+        _diagnosis(rows),
         "<h2>Curves</h2>",
         f'<div class="charts">{"".join(svg for chart in CHARTS if (svg := draw(chart, rows, histories)))}</div>',
         _answers(directory, rows),
@@ -82,6 +85,12 @@ def _results(rows: Sequence[Row]) -> str:
     columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
     lines = [["" if row.get(c.key) is None else c.format.format(row[c.key]) for c in columns] for row in rows]
     return f"<h2>Results</h2>{_table([c.title for c in columns], lines)}"
+
+
+def _diagnosis(rows: Sequence[Row]) -> str:
+    """Iterations that look over-optimised, and why; the curves shade them."""
+    lines = "".join(f"<li>{escape(rows[k]['name'])}: {escape(why)}</li>" for k, why in marked(rows).items())
+    return f"<h2>Over-optimised</h2><ul class='marked'>{lines}</ul>" if lines else ""
 
 
 def _answers(directory: Path, rows: Sequence[Row]) -> str:

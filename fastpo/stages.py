@@ -274,13 +274,13 @@ def _mean(values: Sequence[float]) -> float:
 
 @torch.no_grad()
 def token_statistics(model: PreTrainedModel, sequences: Sequence[PromptResponse], config: Config) -> dict[str, float]:
-    """Entropy and top-10 mass per response token, means over all tokens. Falling mass or entropy: over-optimisation."""
+    """Entropy, top-10 mass and top-10 entropy per response token, means over all tokens. See fastpo.diagnostics."""
     sequences = [(prompt, response) for prompt, response in sequences if len(response)]
     if not sequences:
         return {}
     scorer = ResponseScorer(model)
     device = next(model.parameters()).device
-    names = ("entropy", "topk_mass")
+    names = ("entropy", "topk_mass", "topk_entropy")
     sums, tokens = torch.zeros(len(names), dtype=torch.float64), 0
     lengths = [len(prompt) + len(response) - 1 for prompt, response in sequences]
     for group in split_by_tokens(lengths, config.micro_batch_tokens):
