@@ -31,6 +31,7 @@ from measure import RESULTS, Row, append, machine, measured, percentile, read  #
 from verify import brief, gate_all  # noqa: E402
 
 MINUTES = {"quick": 12.0, "full": 20.0, "gpu": 4.0, "grid": 35.0}
+DEAR = 5e11  # operations; seconds on a CPU
 
 
 def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
@@ -112,13 +113,14 @@ def print_summaries(rows: list[dict[str, str]], arguments: argparse.Namespace) -
 
 
 def wanted(arguments: argparse.Namespace, where: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(op, module, case) of all that is to be timed: the first case of every op, the second of every op, ..."""
+    """(op, module, case) to be timed: the first case of every op, the second of every op, ..., dear ones last."""
     done = done_cases(where) if arguments.skip_done else set()
     by_op = [
         [(op, bench, case) for case in bench.cases(arguments.suite, arguments.device)]
         for op, bench in benches(arguments.ops).items()
     ]
-    in_turn = (found for turn in itertools.zip_longest(*by_op) for found in turn if found)
+    in_turn = [found for turn in itertools.zip_longest(*by_op) for found in turn if found]
+    in_turn.sort(key=lambda found: work(found[1], found[2])[0] > DEAR)
     return [
         (op, bench, case)
         for op, bench, case in in_turn
@@ -155,8 +157,8 @@ def measure(arguments: argparse.Namespace) -> int:
     print_summaries(in_dry_run if arguments.dry_run else rows_here(where), arguments)
     print(f"\n{len(rows)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes", end="")
     print("" if arguments.dry_run else f", appended to {os.path.relpath(RESULTS)}")
-    for name in left_out:
-        print(f"left out after {arguments.minutes:g} minutes (--skip-done goes on there): {name}")
+    if left_out:
+        print(f"LEFT OUT after {arguments.minutes:g} minutes, --skip-done goes on there: {'; '.join(left_out)}")
     for name in failed:
         print(f"FAILED {name}")
     return len(failed)
