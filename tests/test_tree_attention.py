@@ -311,6 +311,8 @@ def test_block_states_of_a_thousand_forests():
         for window in (None, 1 + seed % 90):
             for rows in (16, 64):
                 assert_states(tree, rows, window)
+    for end in (79, 80, 81, 127, 128, 129):  # a block that the last token of a tile, or the next one, does not see
+        assert_states(forest([*range(-1, end - 1), *[-1] * 20]), 16, None)
 
 
 def assert_states(tree: TokenTree, rows: int, window: int | None) -> None:

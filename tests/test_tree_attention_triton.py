@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tree_attention_cases import chain, check, fan, random_forest, tensors
+from tree_attention_cases import chain, check, fan, forest, random_forest, tensors
 
 from fastpo import attention_blocks, tree_attention
 from fastpo.dispatch import triton_missing
@@ -29,6 +29,7 @@ FORESTS = {
     "prompt and answers": fan(130, 3, 40),
     "branches": random_forest(150, 0.05),
     "bushes": random_forest(70, 0.5),
+    "not seen by a tile's last token": forest([*range(-1, 94), -1, -1, -1]),
 }
 
 
@@ -91,8 +92,8 @@ def _states_kernel(blocks_ptr, depths_ptr, window, out_ptr, tokens, num_blocks, 
 def test_block_states(window):
     """What the kernels decide is what the spec says, which is tested against the mask on a thousand forests."""
     rows = 32
-    for seed in range(12):
-        tree = random_forest(100 + 29 * seed, seed / 40, seed)
+    trees = [random_forest(100 + 29 * seed, seed / 40, seed) for seed in range(12)]
+    for seed, tree in enumerate([*trees, FORESTS["not seen by a tile's last token"]]):
         blocks = attention_blocks(tree)
         tiles = blocks.depth.split(rows)
         depths = torch.tensor([[x.amin(), x.amax()] for x in tiles], dtype=torch.int32)
