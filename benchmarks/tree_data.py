@@ -75,9 +75,15 @@ def solutions_workload(
     return Workload("B" if few_shot else "A", trees, starts, all_pairs)
 
 
-def search_workload(widths: Sequence[int], prompt_tokens: int, vocabulary: int, seed: int = 0) -> Workload:
-    """A search tree with steps of 32-128 random tokens; one pair of siblings below each node, the steps alone count."""
-    draw = random.Random(seed)
+def search_workload(
+    widths: Sequence[int], vocabulary: int, *, prompt_tokens: int = 128, steps: bool = False
+) -> Workload:
+    """A search tree with steps of 32-128 random tokens, and one pair of siblings below each node.
+
+    A path counts from the prompt on, as an NLL on partial solutions has it; with ``steps`` its last step alone counts,
+    as MCTS-DPO has it: then the LM head has nothing to share but branches.
+    """
+    draw = random.Random(0)
     sequences: list[list[int]] = []
     starts: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -90,10 +96,10 @@ def search_workload(widths: Sequence[int], prompt_tokens: int, vocabulary: int, 
             ]
             pairs.append((len(sequences), len(sequences) + 1))
             sequences += children[:2]
-            starts += [len(parent)] * 2
+            starts += [len(parent) if steps else prompt_tokens] * 2
             below += children
         level = below
-    return Workload("C " + "-".join(map(str, widths)), [sequences], [starts], [pairs])
+    return Workload("C " + "-".join(map(str, widths)) + " steps" * steps, [sequences], [starts], [pairs])
 
 
 def _response(tokenizer, text: str) -> list[int]:

@@ -104,7 +104,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=int, default=8192, help="most tokens of a forward, padding included")
     parser.add_argument("--seconds", type=float, default=40, help="of repetitions of each workload, beyond the first")
-    parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C5"], help="of A, B, C2, C5")
+    names = ["A", "B", "C2", "C2-steps", "C5", "C5-steps"]
+    parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C2-steps", "C5"], choices=names)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="small model, small trees, rows to no file")
     return parser.parse_args()
@@ -114,13 +115,15 @@ def plan(arguments: argparse.Namespace, questions: list) -> list[tuple[Workload,
     """Workloads, GEMM libraries and seconds of repetitions."""
     if arguments.quick:
         arguments.out = Path(os.devnull)
-        small = search_workload((2, 2), 32, ways.VOCABULARY)
+        small = search_workload((2, 2), ways.VOCABULARY, prompt_tokens=32)
         return [(solutions_workload(questions, 1, 4, False), "oneDNN", 0), (small, "default", 0)]
     makers = {
         "A": lambda: solutions_workload(questions, 6, 10, False),
         "B": lambda: solutions_workload(questions, 1, 15, True),
-        "C2": lambda: search_workload((2, 2, 2), 128, ways.VOCABULARY),
-        "C5": lambda: search_workload((5, 3, 3, 2, 2), 128, ways.VOCABULARY),
+        "C2": lambda: search_workload((2, 2, 2), ways.VOCABULARY),
+        "C2-steps": lambda: search_workload((2, 2, 2), ways.VOCABULARY, steps=True),
+        "C5": lambda: search_workload((5, 3, 3, 2, 2), ways.VOCABULARY),
+        "C5-steps": lambda: search_workload((5, 3, 3, 2, 2), ways.VOCABULARY, steps=True),
     }
     made = {name: makers[name]() for name in arguments.workloads}
     seconds = arguments.seconds
@@ -148,7 +151,7 @@ def measure(
     peaks, first = check_steps(scorer, steps)
     times = first if sum(map(sum, first.values())) > seconds else timed(steps, seconds, scorer)
     rows = rows_of(steps, times, peaks, "step", distinct, common, scorer)
-    if gemm != "oneDNN" or workload.name == "C 5-3-3-2-2":
+    if gemm != "oneDNN" or "steps" in workload.name or len(shared) > 1:
         return rows
     tree = shared[0].tree
     nodes = trained_nodes(tree)
