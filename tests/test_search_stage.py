@@ -14,8 +14,8 @@ from fastpo.search.settings import method_of
 
 # An untrained model gets no sum right: the parity of the text is the reward.
 REWARD = "def parity(prompt, response, row):\n    return sum(map(ord, response)) % 2\n"
-TINY = """--iterations 1 --warm_start_steps 2 --warm_start_batch_size 2 --warm_start_examples 10
-    --prompts_per_iteration 4 --max_new_tokens 10 --search_step_tokens 4 --sample_chunk 2 --batch_size 4 --eval_prompts 2 --eval_pairs 2
+TINY = """--iterations 1 --warm_start_steps 2 --warm_start_batch_size 2 --warm_start_examples 10 --eval_prompts 2
+    --prompts_per_iteration 4 --max_new_tokens 10 --search_step_tokens 4 --sample_chunk 2 --batch_size 4 --eval_pairs 2
     --search_checkpoint_waves 2 --no_tensorboard"""
 
 
