@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastpo.dispatch import triton_missing
+from fastpo.dispatch import extension_missing, triton_missing
 from fastpo.kernels.token_kl import linear_token_kl, op, token_kl
 from fastpo.kernels.token_kl.reference import Head, spec
 
@@ -21,7 +21,14 @@ def judged(ours, torchs, exact, tiny):
     assert error <= allowed + tiny, f"error {error:.2e}, allowed {allowed + tiny:.2e}"
 
 
-BACKENDS = ["torch", *(["triton"] if triton_missing() is None and not torch.cuda.is_available() else [])]
+NO_CPP = extension_missing("_C")
+FLAGS = torch.backends.cpu.get_cpu_capability()
+ISAS = ["generic"] + ["avx2"] * (FLAGS in ("AVX2", "AVX512")) + ["avx512"] * (FLAGS == "AVX512")
+BACKENDS = [
+    "torch",
+    *(f"cpu {isa}" for isa in ISAS if NO_CPP is None),
+    *(["triton"] if triton_missing() is None and not torch.cuda.is_available() else []),
+]
 
 
 @pytest.fixture(
@@ -30,8 +37,10 @@ BACKENDS = ["torch", *(["triton"] if triton_missing() is None and not torch.cuda
 def chunk(request, monkeypatch):
     """One row, some rows, all rows in a chunk; Triton in its interpreter, rows longer than a block."""
     backend, rows = request.param
+    backend, _, isa = backend.partition(" ")
     monkeypatch.setenv("FASTPO_BACKEND", backend)
-    monkeypatch.setattr(op, "_logits_rows", lambda logits: rows)
+    monkeypatch.setenv("FASTPO_CPU_ISA", isa)
+    monkeypatch.setattr(op, "_logits_rows", lambda logits, run: rows)
     monkeypatch.setattr(op, "DEFAULT_BUDGET", rows * op.TILES * V * 4)
     if backend == "triton":
         from fastpo.kernels.token_kl import triton_kernels
@@ -118,6 +127,23 @@ def test_extremes():
     (grad,) = torch.autograd.grad(kl.sum(), logits)
     torch.testing.assert_close(grad[2], torch.tensor([1.0, -1.0, 0.0]))
     assert grad.isfinite().all()
+
+
+def test_several_blocks():
+    """Rows of more than two of C++'s blocks of 2048: logits that rise from block to block, a first one of -inf only."""
+    size = 4500
+    rising = torch.linspace(-60, 60, size, dtype=torch.float64)
+    logits, ref = rising + normal(3, size), rising + normal(3, size, seed=1)
+    logits[1, :2100], ref[1, :2100] = -torch.inf, -torch.inf
+    ref[2, 2048:] = -torch.inf  # only the policy has mass there
+    x = logits.float().requires_grad_()
+    kl = token_kl(x, ref.float())
+    wide = logits.clone().requires_grad_()
+    finite = [y.nan_to_num(neginf=-1e4) for y in (wide, ref)]
+    exact = spec(*finite, None, Head(1.0, 1.0, 0.0))
+    torch.testing.assert_close(kl.double(), exact, rtol=4e-6, atol=1e-6)
+    grads = torch.autograd.grad(kl.sum(), x)[0], torch.autograd.grad(exact.sum(), wide)[0]
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=2e-5, atol=1e-6)
 
 
 def test_leading_shapes_and_nothing_there():

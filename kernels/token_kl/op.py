@@ -1,4 +1,4 @@
-"""``token_kl`` and ``linear_token_kl``: schemas, autograd, public functions; library GEMMs, in chunks.
+"""``token_kl`` and ``linear_token_kl``: schemas, autograd, public functions; library GEMMs.
 
 N rows (tokens), V vocabulary entries, H and H' hidden sizes of policy and reference.
 """
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, triton_missing
+from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
 from fastpo.kernels.linear_token_logprobs import gemm
 
-from . import reference
+from . import cpu_kernels, reference
 from .reference import Head
 
-LOGITS_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}  # bytes of one fp32 tile of logits: what caches, and launches, like
+TORCH_CHUNK = 1 << 22  # bytes of a tile of logits: where PyTorch goes over it several times, the cache should hold it
 DEFAULT_BUDGET = 1 << 30
 TILES = 6  # of the size of a chunk's logits that are alive at a time
 
@@ -37,6 +37,7 @@ OP = Op(
     "token_kl",
     [
         Backend("triton", "cuda", triton_missing, _not_float64, _Triton()),
+        Backend("cpu", "cpu", lambda: extension_missing("_C"), _not_float64, cpu_kernels),
         Backend("torch", "any", always, always, reference),
     ],
 )
@@ -56,7 +57,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     head, run = Head(temperature, scale, softcap), _run(logits)
     kl, norms = _forward_fake(logits, ref_logits, mask, temperature, scale, softcap)
-    for rows in _chunks(len(logits), _logits_rows(logits)):
+    for rows in _chunks(len(logits), _logits_rows(logits, run)):
         kl[rows], norms[:, rows] = run.divergence(logits[rows], ref_logits[rows], head)
     return (kl if mask is None else kl.masked_fill_(~mask, 0.0)), norms
 
@@ -81,11 +82,10 @@ def _backward_op(
     head, run = Head(temperature, scale, softcap), _run(logits)
     factor = grad if mask is None else torch.where(mask, grad, 0.0)
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for rows in _chunks(len(logits), _logits_rows(logits)):
+    for rows in _chunks(len(logits), _logits_rows(logits, run)):
         own = norms[:, rows].contiguous()
-        chunk = run.slope(logits[rows], ref_logits[rows], own, factor[rows].contiguous(), head, logits.dtype)
-        result[rows] = chunk if mask is None else chunk.masked_fill_(~mask[rows, None], 0.0)
-    return result
+        run.slope(logits[rows], ref_logits[rows], own, factor[rows].contiguous(), head, result[rows])
+    return result if mask is None else result.masked_fill_(~mask[:, None], 0.0)
 
 
 @_backward_op.register_fake
@@ -127,6 +127,7 @@ def token_kl(
 
     Args:
         logits: the policy's, float32, bfloat16, float16 or float64; differentiable: ``dK/dz_v = p_v - q_v``.
+            Two-dimensional views with a unit last stride are read in place, others copied once.
         ref_logits: the reference's, a constant.
         mask: False: a token that counts nowhere; K and its gradient are 0 there. Its logits are read.
 
@@ -137,8 +138,8 @@ def token_kl(
     Raises:
         TypeError, ValueError: one line that names the argument.
 
-    Cost: forward reads both logits a few times while they are in the cache, backward once more and writes one gradient;
-    a few chunks of logits of extra memory. Rows of several labels (trees) have one K: index the result.
+    Cost: forward reads both logits twice (the second time for terms that know the logsumexps), backward once more and
+    writes one gradient; no extra memory of their size. Rows of several labels (trees) have one K: index the result.
     Source: Zeng et al. 2024; derived in this folder's README.
     """
     _check_logits("logits", logits, None)
@@ -207,7 +208,8 @@ def _linear_op(
         place = rows if both.kept is None else both.kept[rows]
         kl[place], norms = run.divergence(logits, ref_logits, head)
         if hidden_grad:
-            own = run.slope(logits, ref_logits, norms, None, head, both.weight.dtype)
+            own = torch.empty_like(logits, dtype=both.weight.dtype)
+            run.slope(logits, ref_logits, norms, None, head, own)
             grads[place] = gemm.times(own, both.weight)
     return kl, grads
 
@@ -243,7 +245,8 @@ def _linear_backward_op(
         logits, ref_logits = both.tile(rows)
         upstream = grad[rows if both.kept is None else both.kept[rows]].to(wide).contiguous()
         _, norms = run.divergence(logits, ref_logits, head)
-        tile = run.slope(logits, ref_logits, norms, upstream, head, wide)
+        tile = torch.empty_like(logits)
+        run.slope(logits, ref_logits, norms, upstream, head, tile)
         dbias += tile.sum(0)
         dweight += gemm.outer(tile.to(both.hidden.dtype), both.hidden[rows])
     return dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
@@ -348,9 +351,9 @@ def _chunks(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _logits_rows(logits: Tensor) -> int:
-    tile = LOGITS_CHUNK.get(logits.device.type, LOGITS_CHUNK["cuda"])
-    return max(1, tile // max(1, 4 * logits.shape[1]))
+def _logits_rows(logits: Tensor, run: Any) -> int:
+    """Rows in a chunk: all of them where a kernel goes over the logits by itself."""
+    return max(1, TORCH_CHUNK // (4 * logits.shape[1]) if run is reference else len(logits))
 
 
 def _head(temperature: float, logit_scale: float, logit_softcap: float | None) -> Head:

@@ -56,11 +56,11 @@ def divergence(x: Tensor, ref_x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     return torch.where(lost, logp.exp(), terms).sum(1), norms
 
 
-def slope(x: Tensor, ref_x: Tensor, norms: Tensor, factor: Tensor | None, head: Head, dtype: torch.dtype) -> Tensor:
-    """[R, V] dKL/dx = (p - q) dz/dx, times factor [R] where there is one, in ``dtype``. norms as of ``divergence``."""
+def slope(x: Tensor, ref_x: Tensor, norms: Tensor, factor: Tensor | None, head: Head, out: Tensor) -> None:
+    """out [R, V] becomes dKL/dx = (p - q) dz/dx, times factor [R] where there is one. norms as of ``divergence``."""
     z = _z(x, head)
     own = (z - norms[0, :, None]).exp_().sub_((_z(ref_x, head) - norms[1, :, None]).exp_()).mul_(head.slope(z))
-    return (own if factor is None else own.mul_(factor[:, None])).to(dtype)
+    out.copy_(own if factor is None else own.mul_(factor[:, None]))
 
 
 def _z(x: Tensor, head: Head) -> Tensor:

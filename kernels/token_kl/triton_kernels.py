@@ -147,17 +147,15 @@ def divergence(x: Tensor, ref_x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     return kl, norms
 
 
-def slope(x: Tensor, ref_x: Tensor, norms: Tensor, factor: Tensor | None, head: Head, dtype: torch.dtype) -> Tensor:
+def slope(x: Tensor, ref_x: Tensor, norms: Tensor, factor: Tensor | None, head: Head, out: Tensor) -> None:
     x, ref_x = _by_row(x), _by_row(ref_x)
     rows, width = x.shape
-    out = torch.empty(rows, width, dtype=dtype, device=x.device)
     if rows:
         with torch.cuda.device_of(x):
             _slope_kernel[(rows, triton.cdiv(width, BLOCK))](
                 x, x.stride(0), ref_x, ref_x.stride(0), width, head.logit_scale, head.logit_softcap or None,
                 1 / head.temperature, norms, norms.stride(0), factor, out, out.stride(0), BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
-    return out
 
 
 def _by_row(x: Tensor) -> Tensor:
