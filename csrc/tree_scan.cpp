@@ -27,17 +27,20 @@ struct Tree {
 // The trees of a forest by its depths in preorder, which are checked.
 std::vector<Tree> trees_of(const int64_t* depth, int64_t num_nodes) {
   std::vector<Tree> trees;
+  int64_t previous = -1, deepest = -1;
   bool good = true;
-  int64_t previous = -1;
   for (int64_t i = 0; i < num_nodes; ++i) {
     good &= depth[i] >= 0 && depth[i] <= previous + 1;
     previous = depth[i];
-    if (previous == 0) trees.push_back({i, i, 0});
-    if (!good) break;
-    trees.back().end = i + 1;
-    trees.back().levels = std::max(trees.back().levels, previous + 1);
+    if (previous == 0) {
+      if (!trees.empty()) trees.back().end = i, trees.back().levels = deepest + 1;
+      trees.push_back({i, num_nodes, 0});
+      deepest = 0;
+    }
+    deepest = std::max(deepest, previous);
   }
   STD_TORCH_CHECK(good, "tree.depth is of no forest in preorder: it should start at 0 and rise by at most 1");
+  if (!trees.empty()) trees.back().levels = deepest + 1;
   return trees;
 }
 
@@ -57,30 +60,39 @@ struct Columns {
   int64_t first, count;  // columns first:first+count
 };
 
-// sums [levels, count]: at each depth, of the path down to the last node seen there.
-template <class T>
+// sums [levels, count]: at each depth, of the path down to the last node seen there. The node before is the parent of
+// most: `last` holds its sum, so that the additions of a chain wait for each other and not for memory.
+template <class T, int64_t kCount>
 void path_walk(const Columns<T>& of, const Tree& tree, double* sums) {
-  for (int64_t i = tree.root; i < tree.end; ++i) {
-    double* here = sums + of.depth[i] * of.count;
-    const double* above = of.depth[i] == 0 ? nullptr : here - of.count;
-    for (int64_t c = 0; c < of.count; ++c) {
-      here[c] = static_cast<double>(of.in.at(i, of.first + c)) + (above ? above[c] : 0.0);
-      of.out.at(i, of.first + c) = static_cast<T>(here[c]);
+  const int64_t count = kCount ? kCount : of.count;
+  double last[kCount ? kCount : kColumns] = {};
+  for (int64_t i = tree.root, above = -1; i < tree.end; above = of.depth[i++]) {
+    double* level = sums + of.depth[i] * count;
+    const bool is_child = of.depth[i] == above + 1;
+    for (int64_t c = 0; c < count; ++c) {
+      if (!is_child) last[c] = level[c - count];
+      last[c] += static_cast<double>(of.in.at(i, of.first + c));
+      level[c] = last[c];
+      of.out.at(i, of.first + c) = static_cast<T>(last[c]);
     }
   }
 }
 
-// sums [levels + 1, count]: at each depth, of the subtrees seen since the walk (backwards) last met their parent.
-template <class T>
+// Backwards. sums [levels, count]: at each depth, of the subtrees since their parent was last met; `last` is the sum of
+// the subtree of the node behind, which is not in them yet.
+template <class T, int64_t kCount>
 void subtree_walk(const Columns<T>& of, const Tree& tree, double* sums) {
-  for (int64_t i = tree.end; i-- > tree.root;) {
-    double* here = sums + of.depth[i] * of.count;
-    double* below = here + of.count;
-    for (int64_t c = 0; c < of.count; ++c) {
-      const double sum = static_cast<double>(of.in.at(i, of.first + c)) + below[c];
-      below[c] = 0;
-      here[c] += sum;
-      of.out.at(i, of.first + c) = static_cast<T>(sum);
+  const int64_t count = kCount ? kCount : of.count;
+  double last[kCount ? kCount : kColumns] = {};
+  for (int64_t i = tree.end - 1, behind = 0; i >= tree.root; behind = of.depth[i--]) {
+    const bool is_parent = of.depth[i] + 1 == behind;
+    double* level = sums + behind * count;
+    for (int64_t c = 0; c < count; ++c) {
+      const double value = static_cast<double>(of.in.at(i, of.first + c));
+      const double below = level[c];
+      level[c] = is_parent ? 0 : below + last[c];
+      last[c] = is_parent ? (value + below) + last[c] : value;
+      of.out.at(i, of.first + c) = static_cast<T>(last[c]);
     }
   }
 }
@@ -93,13 +105,14 @@ void scan(const Tensor& values, const Tensor& depth, const Tensor& out) {
   const Matrix<const T> in{static_cast<const T*>(values.const_data_ptr()), values.stride(0), values.stride(1)};
   const Matrix<T> result{static_cast<T*>(out.mutable_data_ptr()), columns, 1};
   const int64_t parts = (columns + kColumns - 1) / kColumns;
+  const auto one = kPath ? path_walk<T, 1> : subtree_walk<T, 1>, many = kPath ? path_walk<T, 0> : subtree_walk<T, 0>;
   for_each_task(static_cast<int64_t>(trees.size()) * parts, rows * columns, [&](int64_t task) {
     thread_local std::vector<double> sums;
     const Tree& tree = trees[task / parts];
     const int64_t first = task % parts * kColumns;
     const Columns<T> part{in, result, levels, first, std::min(kColumns, columns - first)};
-    sums.assign((tree.levels + 1) * part.count, 0.0);
-    (kPath ? path_walk<T> : subtree_walk<T>)(part, tree, sums.data());
+    sums.assign(tree.levels * part.count, 0.0);
+    (part.count == 1 ? one : many)(part, tree, sums.data());
   });
 }
 
