@@ -210,8 +210,10 @@ def check(case: Case, inputs: Inputs, outputs: dict[str, Any]) -> None:
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if case.dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     scale = case.shape["size"] ** -0.5
     if len(outputs) == 1:
-        exact = reference.spec(*(x.detach().float() for x in inputs.qkv), inputs.mask, scale)
-        torch.testing.assert_close(ours[0].float(), exact, **tolerance)
+        some = torch.arange(0, len(inputs.mask), max(1, len(inputs.mask) // 256), device=inputs.mask.device)
+        q, k, v = (x.detach().float() for x in inputs.qkv)
+        exact = reference.spec(q[some], k, v, inputs.mask[some], scale)
+        torch.testing.assert_close(ours[0][some].float(), exact, **tolerance)
     for name, theirs in outputs.items():
         if name == "sdpa, each path":
             theirs = _shared(inputs, theirs)

@@ -20,7 +20,7 @@ def visible(
 
 
 def probabilities(
-    q: Tensor,  # [N, Hq, D]
+    q: Tensor,  # [N, Hq, D]; as in spec, some rows of it will do, with the mask's
     k: Tensor,  # [N, Hq, D], heads repeated
     mask: Tensor,  # [N, N] bool
     scale: float,
@@ -35,7 +35,7 @@ def probabilities(
     if sinks is not None:
         sink = sinks.to(scores.dtype)[:, None, None].expand(-1, len(q), 1)
         joined = torch.cat((joined, sink), dim=-1)
-    return scores, torch.softmax(joined, dim=-1)[..., : len(q)], torch.logsumexp(joined, dim=-1)
+    return scores, torch.softmax(joined, dim=-1)[..., : len(k)], torch.logsumexp(joined, dim=-1)
 
 
 def spec(
