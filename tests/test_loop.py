@@ -155,6 +155,16 @@ def test_two_processes_share_the_work(finished, reward_file, tmp_path):
     assert all((found[key] - expected[key]).abs().mean() < 1e-4 for key in expected)
 
 
+def test_without_sharing_the_loss_curve_is_the_same(finished, reward_file, tmp_path):
+    """The first iteration: the same samples and pairs, its reference and training response by response."""
+    finish([*arguments(tmp_path / "run", reward_file, iterations=1), "--no-sharing"])
+    shared, unshared = (
+        [row["loss"] for row in read_jsonl(folder / "iteration_1" / "training.jsonl")]
+        for folder in (finished, tmp_path / "run")
+    )
+    assert shared == pytest.approx(unshared, rel=1e-4) and shared != unshared
+
+
 def kill_when(process, directory, pattern):
     """SIGKILL as soon as a file matches. A run too fast to be caught there has simply finished: equally fine."""
     deadline = time.monotonic() + 240

@@ -8,7 +8,10 @@ from fastpo.dispatch import extension_missing, triton_missing
 from fastpo.kernels.tree_scan import path_sum, reference, subtree_sum
 from fastpo.trees import join
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 FUNCTIONS = ((path_sum, reference.path_sum), (subtree_sum, reference.subtree_sum))
 
 
