@@ -150,6 +150,7 @@ MISTAKES = {
         "list_mle",
         {"index": torch.zeros(2, 4)},
     ),
+    "pairs.index should lie in [-1, 8), the sequences (-1: absent)": ("bco", {"index": torch.full((4, 2), 8)}),
     "pairs.weights is torch.float32 [3]; it should be a float tensor [2]": ("list_mle", {"weights": torch.ones(3)}),
     "segments.kl is None; objective tdpo2 needs it": ("tdpo2", {"kl": None}),
     "segments.kl_weights is given; objective tdpo2 makes it by itself": ("tdpo2", {"kl_weights": FIELD}),

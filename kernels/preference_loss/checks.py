@@ -201,7 +201,12 @@ def check_values(tokens: Tokens, index: Tensor | None, num_sequences: int) -> No
         cu_seqlens, num_tokens = tokens.cu_seqlens, tokens.logps.shape[0]
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(f"segments.cu_seqlens should rise from 0 to the number of tokens, {num_tokens}")
-    if index is not None and bool(((index < -1) | (index >= num_sequences)).any()):
+    if index is not None:
+        check_index_values(index, num_sequences)
+
+
+def check_index_values(index: Tensor, num_sequences: int) -> None:
+    if bool(((index < -1) | (index >= num_sequences)).any()):
         raise ValueError(f"pairs.index should lie in [-1, {num_sequences}), the sequences (-1: absent)")
 
 

@@ -305,6 +305,9 @@ def _coupled_loss(
     scores: Tensor | None,
 ) -> PreferenceOutput:
     """``preference_loss`` of an objective with a batch function or a loss of lists: scores, then records, then loss."""
+    if pairs.index.device.type == "cpu" and not torch.compiler.is_compiling():  # before anything is picked by it
+        count = segments.num_sequences if scores is None and segments is not None else len(scores)  # type: ignore[arg-type]
+        checks.check_index_values(pairs.index, count)
     own = scores
     if scores is None and objective.path == "two-phase":
         assert logps is not None and segments is not None
