@@ -185,3 +185,31 @@ def test_mistakes_are_named_in_one_line(message):
     with pytest.raises(ValueError) as caught:
         MISTAKES[message]()
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tdpo_from_hidden_states():
+    """TDPO-2 whole, two heads and no logits kept: loss and gradients of what one would write, sg on the chosen's K."""
+    from fastpo import Pairs, Segments, linear_preference_loss, linear_token_logprobs, objectives
+
+    hidden, weight, ref = (normal(*s, seed=i).float() for i, s in enumerate(((12, H), (V, H), (12, H))))
+    weight, ref_weight = weight * 0.3, weight * 0.25
+    labels = torch.arange(12) * 7 % V
+    segments, pairs = Segments(torch.tensor([0, 4, 7, 9, 12])), Pairs(torch.tensor([[0, 1], [3, 2]]))
+
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    kl = linear_token_kl(*leaves, ref, ref_weight)
+    with torch.no_grad():
+        ref_logps = linear_token_logprobs(ref, ref_weight, labels)
+    records = Segments(segments.cu_seqlens, kl=kl), pairs, objectives.tdpo2(0.3, 0.5)
+    ours = linear_preference_loss(*leaves, labels, ref_logps, *records).loss
+
+    plain = [x.double().requires_grad_() for x in (hidden, weight)]
+    logp, logq = F.linear(*plain).log_softmax(-1), F.linear(ref.double(), ref_weight.double()).log_softmax(-1)
+    ratios = (logp - logq)[torch.arange(12), labels]
+    tokens = torch.stack((ratios, (logq.exp() * (logq - logp)).sum(-1)))
+    (d0, k0), (d1, k1), (d2, k2), (d3, k3) = (x.sum(1) for x in tokens.split((4, 3, 2, 3), dim=1))
+    z = 0.3 * torch.stack((d0 - d1 - 0.5 * (k1 - k0.detach()), d3 - d2 - 0.5 * (k2 - k3.detach())))
+    exact = -F.logsigmoid(z).mean()
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+    for own, truth in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(exact, plain), strict=True):
+        torch.testing.assert_close(own.double(), truth, rtol=1e-4, atol=1e-6)
