@@ -207,8 +207,8 @@ def run_score(config: Config, arguments: argparse.Namespace) -> None:
     out, counts = Path(arguments.out), [len(own) for own in sequences]
     parts = Parts(out, settings_of(path, config.model, settings))
 
-    def score(part: list[PromptResponse]) -> tuple[Tensor, Tensor]:
-        packed = stages.packed_logps(model, {str(i): s for i, s in enumerate(part)}, config, accelerator)
+    def score(part: list[PromptResponse], progress: stages.Progress) -> tuple[Tensor, Tensor]:
+        packed = stages.packed_logps(model, {str(i): s for i, s in enumerate(part)}, config, accelerator, progress)
         return packed["logps"], packed["cu_seqlens"]
 
     with Display() as display, display.progress("scoring", sum(counts)) as bar:

@@ -16,8 +16,9 @@ from fastpo.artifacts import file_digest, read_json, read_tensors, write_json, w
 from fastpo.data import Codec, parse_demonstration
 from fastpo.models import PromptResponse
 
-_ROWS_AHEAD = 16  # micro-batches that make a part: what a kill costs at most
-Score = Callable[[list[PromptResponse]], tuple[Tensor, Tensor]]  # logps [T], cu_seqlens [S+1]
+_PART = 8  # micro-batches that make a part: what a kill costs at most
+Progress = Callable[[int], None]  # is told how many more responses are done
+Score = Callable[[list[PromptResponse], Progress], tuple[Tensor, Tensor]]  # logps [T], cu_seqlens [S+1]
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,18 @@ class Parts:
             shutil.rmtree(self.folder)
         write_json(note, wanted)
 
-    def get(self, number: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """(logps [T], cu_seqlens [S+1]) of a part, made where it is not there."""
+    def get(
+        self, number: int, sequences: list[PromptResponse], score: Score, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
+        """(logps [T], cu_seqlens [S+1]) of part ``number``, scored where it is not there."""
         path = self.folder / f"{number:06d}.safetensors"
-        if not path.exists():
-            logps, cu_seqlens = make()
-            write_tensors(path, {"logps": logps, "cu_seqlens": cu_seqlens})
-        found = read_tensors(path)
-        return found["logps"], found["cu_seqlens"]
+        if path.exists():
+            found = read_tensors(path)
+            progress(len(sequences))
+            return found["logps"], found["cu_seqlens"]
+        logps, cu_seqlens = score(sequences, progress)
+        write_tensors(path, {"logps": logps, "cu_seqlens": cu_seqlens})
+        return logps, cu_seqlens
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -96,15 +101,12 @@ def score_rows(
     sequences: Sequence[list[PromptResponse]],
     score: Score,
     parts: Parts,
-    part_tokens: int,
-    progress: Callable[[int], None],
+    micro_batch_tokens: int,
+    progress: Progress,
 ) -> tuple[Tensor, Tensor]:
-    """``(logps [T], cu_seqlens [S+1])`` of all responses, ``sequences`` of each row; ``progress`` counts responses."""
-    found = []
-    for number, chunk in enumerate(_chunks(sequences, part_tokens)):
-        flat = [sequence for k in chunk for sequence in sequences[k]]
-        found.append(parts.get(number, lambda flat=flat: score(flat)))  # type: ignore[misc]
-        progress(len(flat))
+    """``(logps [T], cu_seqlens [S+1])`` of all responses, ``sequences`` [rows] of each row."""
+    chunks = enumerate(_chunks(sequences, _PART * micro_batch_tokens))
+    found = [parts.get(number, chunk, score, progress) for number, chunk in chunks]
     lengths = torch.cat([cu_seqlens.diff() for _, cu_seqlens in found])
     return torch.cat([logps for logps, _ in found]), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
@@ -132,14 +134,14 @@ def write_scores(
     write_jsonl(out, lines())
 
 
-def _chunks(sequences: Sequence[list[PromptResponse]], part_tokens: int) -> Iterator[list[int]]:
-    """Rows behind one another, of at least ``part_tokens`` tokens together but for the last."""
-    chunk: list[int] = []
+def _chunks(sequences: Sequence[list[PromptResponse]], least: int) -> Iterator[list[PromptResponse]]:
+    """Responses of rows behind one another, of at least ``least`` tokens together but for the last."""
+    chunk: list[PromptResponse] = []
     size = 0
-    for k, own in enumerate(sequences):
-        chunk.append(k)
+    for own in sequences:
+        chunk += own
         size += sum(len(prompt) + len(response) for prompt, response in own)
-        if size >= _ROWS_AHEAD * part_tokens:
+        if size >= least:
             yield chunk
             chunk, size = [], 0
     if chunk:

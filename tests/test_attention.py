@@ -36,6 +36,12 @@ def test_tree_equals_each_path_alone(name):
     assert not worst
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
+def test_the_self_check_in_bf16(name):
+    """Its tolerance is that of the type."""
+    assert is_enabled(fastpo.enable(build(name).bfloat16()))
+
+
 def test_own_logits_of_an_enabled_model_on_a_tree():
     model, t = fastpo.enable(build("gemma2")), tree()
     logits = model(**fastpo.tree_inputs(t)).logits[0]

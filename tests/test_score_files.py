@@ -87,24 +87,25 @@ def test_a_response_beyond_the_context(tmp_path, capsys, model_folder):
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(score_files, "_ROWS_AHEAD", 1)
+    monkeypatch.setattr(score_files, "_PART", 1)
     sequences = [parse_scored({"tokens": [1, 2, 3 + k], "start": 1}, k).sequences(None) for k in range(6)]
-    scored = []
+    scored, done = [], []
 
-    def score(part, limit=99):
+    def score(part, progress, limit):
         if len(scored) == limit:
             raise KeyboardInterrupt
         scored.append(len(part))
+        progress(len(part))
         return torch.full((2 * len(part),), float(len(scored))), torch.arange(0, 2 * len(part) + 1, 2)
 
     def go(settings, limit=99):
         parts = Parts(tmp_path / "out.jsonl", settings)
-        return score_rows(sequences, lambda part: score(part, limit), parts, 6, lambda n: None)
+        return score_rows(sequences, lambda *part: score(*part, limit), parts, 6, done.append)
 
     with pytest.raises(KeyboardInterrupt):
         go({"model": "a"}, limit=2)
     logps, cu_seqlens = go({"model": "a"})
     assert scored == [2, 2, 2] and logps.tolist() == [1.0] * 4 + [2.0] * 4 + [3.0] * 4
-    assert cu_seqlens.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert cu_seqlens.tolist() == [0, 2, 4, 6, 8, 10, 12] and sum(done[2:]) == 6
     go({"model": "b"})  # parts of another model are no use
     assert scored == [2] * 6
