@@ -32,6 +32,23 @@ TINY = {
 ONLY_WHERE_SET = ("judge_pairs",)
 
 
+# What a recipe promises: a check of its pairs and its metrics of iteration 2.
+PROMISES = {
+    "b_star": lambda pairs, metrics: metrics["scan_temperature"] in (0.6, 0.8, 1.0, 1.2) and "scan_balance" in metrics,
+    "cream": lambda pairs, metrics: {p["soft_label"] for p in pairs} == {(metrics["consistency"] + 1) / 2},
+    "dno": lambda pairs, metrics: all(p["soft_label"] == 1 for p in pairs),
+    "kto": lambda pairs, metrics: all((p["chosen"] is None) != (p["rejected"] is None) for p in pairs),
+    "lipo": lambda pairs, metrics: any(len(p["gains"]) > 2 for p in pairs),
+    "meta_rewarding": lambda pairs, metrics: any("prompt_text" in p for p in pairs) and "score_auc" in metrics,
+    "rise_edit": lambda pairs, metrics: any(p.get("texts") for p in pairs),
+    "self_rewarding": lambda pairs, metrics: 0 <= metrics["score_auc"] <= 1,
+    "self_taught_evaluator": lambda pairs, metrics: all("Better?" in p["prompt_text"] for p in pairs),
+    "selm": lambda pairs, metrics: any(p["others"][0] is not None for p in pairs),
+    "spin": lambda pairs, metrics: all(p["chosen"].endswith("/gold") for p in pairs),
+    "sppo": lambda pairs, metrics: all(p["targets"][0] > 0 > p["targets"][1] for p in pairs),
+}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -91,3 +108,5 @@ def test_recipe_runs(name, start, tmp_path, capsys):
         assert metrics["pairs"] == len(read_jsonl(folder / "pairs.jsonl")) > 0
         losses = [row["loss"] for row in read_jsonl(folder / "training.jsonl")]
         assert losses and all(abs(loss) < 1e7 for loss in losses)
+    pairs = read_jsonl(run / "iteration_2" / "pairs.jsonl")
+    assert PROMISES.get(name, lambda *_: True)(pairs, read_json(run / "iteration_2" / "metrics.json"))
