@@ -9,8 +9,8 @@ untrained: nodes per second of
 - ``one prompt``: the same library, a search per prompt, one after the other;
 - ``published``: one prompt at a time as the published codes describe it, in plain Python objects: walk down by PUCT,
   one ``model.generate`` of the width's samples from the whole path, one forward for their log-probs, back up. Paths
-  stay token ids (the published codes go through text), and the samples of an expansion are one batch, so this is its fast
-  case.
+  stay token ids (the published codes go through text), and the samples of an expansion are one batch, so this is its
+  fast case.
 
 The peers run on ``--peer_prompts`` prompts (a rate needs no more), all three in turn, ``--rounds`` times. ``host`` is
 the share of a wave outside propose and evaluate: selecting, merging, adding nodes, backing up.
