@@ -109,7 +109,7 @@ def test_settings(backend, settings):
 def test_chunks(backend, dtype):
     """Enough work to be cut into chunks, in the middle of branches and of the prompt: their dK and dV meet again."""
     tree = fan(700, 4, 90)
-    check(tree, tensors(tree, (4, 1), 16, dtype, sinks=True))
+    check(tree, tensors(tree, (4, 2), 16, dtype, sinks=True))
 
 
 @given(st.integers(1, 150), st.floats(0, 0.9), st.integers(0, 10**6), st.sampled_from([None, 1, 2, 9, 33]))

@@ -7,15 +7,16 @@ float32 and float16 only: the interpreter multiplies bfloat16's bits as integers
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from tree_attention_cases import chain, check, fan, forest, random_forest, tensors
 
 from fastpo import attention_blocks, tree_attention
 from fastpo.dispatch import triton_missing
-from fastpo.kernels.tree_attention import triton_kernels
 from fastpo.kernels.tree_attention.blocks import BLOCK, block_states
-from fastpo.kernels.tree_attention.triton_forward import block_state
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+from fastpo.kernels.tree_attention import triton_kernels  # noqa: E402
+from fastpo.kernels.tree_attention.triton_forward import block_state  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing())),
