@@ -27,11 +27,11 @@ BETA, ALPHA = 0.1, 1.0
 VOCABULARY = 32000
 
 
-def build_model(layers: int = 10, hidden: int = 512, seed: int = 0) -> LlamaForCausalLM:
+def build_model(layers: int = 10, hidden: int = 512, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """A random Llama of some 50M parameters, embeddings tied, fp32."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
