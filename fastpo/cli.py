@@ -35,7 +35,8 @@ around it
   convert    GSM8K's published files to fastpo's
   info       what this installation can run, and why the rest is off
 
-settings: a flat set of keys. Defaults, then RECIPE (a YAML file, or irpo, scpo, gsm8k, demo), then the command line;
+settings: a flat set of keys. Defaults, then RECIPE (a YAML file, or a shipped one: irpo, scpo, spin, self_rewarding, ...;
+docs/methods.md lists them), then the command line;
 --num_samples and --num-samples are the same.
 
 exit codes
@@ -125,7 +126,7 @@ def _parser(command: Command) -> argparse.ArgumentParser:
 
     subject, subject_help = command.subject or (
         "recipe",
-        "YAML file of keys, or a shipped one: irpo, scpo, gsm8k, demo",
+        "YAML file of keys, or a shipped one: irpo, scpo, spin, self_rewarding, ...; docs/methods.md lists them",
     )
 
     optional = command.subject is None or command.subject_optional

@@ -166,13 +166,18 @@ def run_pairs(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _preference(pair: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
+    if pair["chosen"] is None or pair["rejected"] is None:
+        raise FastpoError(f"prompt {pair['prompt']} has single responses; a preferences file holds pairs only")
+
     def text(key: str) -> str:
+        if key in pair.get("texts", {}):
+            return pair["texts"][key]
         name = key.rpartition("/")[2]
         return sample["row"]["answer"] if name == "gold" else sample["responses"][int(name)]["text"]
 
     return {
         "id": f"{pair['chosen']}-{pair['rejected'].rpartition('/')[2]}",
-        "prompt": sample["prompt"],
+        "prompt": pair.get("prompt_text", sample["prompt"]),
         "chosen": text(pair["chosen"]),
         "rejected": text(pair["rejected"]),
         "weight": pair["weight"],

@@ -33,6 +33,8 @@ COLUMNS = (
     Column("worked", "worked", "{:.1%}"),
     Column("ranking", "heldout_ranking_accuracy_per_token", "{:.1%}"),
     Column("samples right", "sample_accuracy", "{:.1%}"),
+    Column("score AUC", "score_auc", "{:.2f}"),
+    Column("judge right", "judge_accuracy", "{:.1%}"),
     Column("pairs", "pairs", "{:,}"),
     Column("margin", "train_margin", "{:.2f}"),
     Column("chosen", "pairs_logps_chosen", "{:.1f}"),
