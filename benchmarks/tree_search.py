@@ -170,8 +170,9 @@ def search_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-def grown_trees(rule: SelectRule, backup_rule: BackupRule) -> SearchTrees:
-    """TREES trees, grown by the rule itself with random values until they are full."""
+def grown_trees() -> SearchTrees:
+    """TREES trees of 4 children a node, grown by UCB1 on random values until they are full."""
+    rule, backup_rule = SelectRule("ucb1", c=1.4, unvisited="bonus"), BackupRule("mean")
     generator = torch.Generator().manual_seed(0)
     trees = SearchTrees.empty(TREES, NODES)
     everyone, new = torch.arange(TREES), TREES * WIDTH
@@ -190,7 +191,7 @@ def op_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in ("mcts_dpo", "cpl", "rest_mcts", "muzero"):
         rule, backup_rule = METHODS[name].select, METHODS[name].backup
         backup_rule = BackupRule(backup_rule.kind, min_visits=backup_rule.min_visits, rewards=backup_rule.rewards)
-        trees, times = grown_trees(rule, backup_rule), []
+        trees, times = grown_trees(), []
         values = torch.rand(TREES, 1)
         for _ in range(30):
             others.add_(1)

@@ -36,10 +36,9 @@ class Progress:
     seconds_left: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.nodes:,} nodes, depth {self.depth}, {self.nodes_per_second:,.0f} nodes/s, "
-            f"{self.seconds_left:,.0f} s left"
-        )
+        visits = f"{self.done:,} of {self.total:,} visits"
+        rate = f"{self.nodes_per_second:,.0f} nodes/s, {self.seconds_left:,.0f} s left"
+        return f"{visits}, {self.nodes:,} nodes, depth {self.depth}, {rate}"
 
 
 @dataclass
