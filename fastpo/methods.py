@@ -201,6 +201,30 @@ OTHER: tuple[Rule, ...] = (
         "memory",
     ),
     Rule("progress rewards", "Setlur et al. 2024", ("fastpo.reward_rules.with_progress",), "memory"),
+    # searches: rows of fastpo.search.METHODS, formulas in kernels/tree_search; golden trees in tests/data/
+    Rule(
+        "MCTS-DPO search",
+        "Xie et al. 2024",
+        ("fastpo.search.Search", "fastpo.kernels.tree_search.select", "fastpo.search.values.SelfEvaluation"),
+        "code",
+        "one expansion per simulation; theirs goes on to an end",
+    ),
+    Rule("CPL search", "Wang et al. 2024", ("fastpo.kernels.tree_search.backup", "fastpo.search.search_pairs"), "code"),
+    Rule(
+        "ReST-MCTS* search",
+        "Zhang et al. 2024",
+        ("fastpo.kernels.tree_search.process_values", "fastpo.search.process_targets"),
+        "code",
+    ),
+    Rule(
+        "AlphaLLM search", "Tian et al. 2024", ("fastpo.search.Search",), "code", "children without visits come first"
+    ),
+    Rule("MuZero form of search", "-", ("fastpo.kernels.tree_search.select",), "code"),
+    Rule("Tree-PLV search", "He et al. 2024", ("fastpo.kernels.tree_search.sibling_pairs",), "notes"),
+    Rule("REBASE", "Wu et al. 2024", ("fastpo.search.plans.rebase_widths", "fastpo.search.weighted_vote"), "memory"),
+    Rule("MC-NEST, MCTSr", "Rabby et al. 2024", ("fastpo.kernels.tree_search.backup",), "memory"),
+    Rule("From r to Q*", "Rafailov et al. 2024", ("fastpo.search.values.Likelihood",), "paper"),
+    Rule("RAIN, RethinkMCTS", "Li et al. 2023", ("fastpo.kernels.tree_search.select",), "memory", "settings of PUCT"),
 )
 
 # Name of a row above -> recipes/<recipe>.yaml.
@@ -227,6 +251,14 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "B-STaR": ("b_star",),
     "SELM": ("selm",),
     "RLHF Workflow": ("rlhf_workflow",),
+    "MCTS-DPO": ("mcts_dpo",),
+    "Step-APO (CPL)": ("cpl",),
+    "ReST-MCTS* search": ("rest_mcts",),
+    "AlphaLLM search": ("alphallm",),
+    "Tree-PLV search": ("tree_plv",),
+    "REBASE": ("rebase",),
+    "MC-NEST, MCTSr": ("mc_nest",),
+    "From r to Q*": ("beam_q",),
 }
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
