@@ -2,9 +2,9 @@
 
     python benchmarks/recipe_runs.py [--recipes spin cream ...] [--seed 0] [--eval_prompts 500]
 
-Runs are resumed, finished ones are read. benchmarks/results/recipes.csv is written anew after each run: a row per model,
-with greedy accuracy, and how well the method's own scores order right above wrong samples. Some 40 seconds a recipe on
-4 quiet cores, and 3 minutes for the two warm starts (judging recipes have one that has seen judgements).
+Runs are resumed, finished ones are read. benchmarks/results/recipes.csv is written anew after each run: a row per
+model, with greedy accuracy, and how well the method's own scores order right above wrong samples. Some 40 seconds a
+recipe on 4 quiet cores, and 3 minutes for the two warm starts (judging recipes have one that has seen judgements).
 """
 
 import argparse

@@ -35,9 +35,8 @@ around it
   convert    GSM8K's published files to fastpo's
   info       what this installation can run, and why the rest is off
 
-settings: a flat set of keys. Defaults, then RECIPE (a YAML file, or a shipped one: irpo, scpo, spin, self_rewarding, ...;
-docs/methods.md lists them), then the command line;
---num_samples and --num-samples are the same.
+settings: a flat set of keys. Defaults, then RECIPE (a YAML file, or a shipped one: irpo, scpo, spin, self_rewarding:
+docs/methods.md has all), then the command line; --num_samples and --num-samples are the same.
 
 exit codes
   0    done
