@@ -3,8 +3,9 @@
 DPO + NLL from hidden states with the gradients of hidden states and head, sequences of LENGTH tokens of which the
 first ones, the prompt, are masked. Peers get the rows that count alone, which few of them would find by themselves,
 and so does Liger, whose batches [2P, L, H] are cut to the completions. ``torch eager, all rows`` is what trainers do
-that mask the loss but not the head; memory is compared with it. Reference log-probs are zeros, since Liger takes
-none. Peaks include the results, of which the gradient of the weight is most: V * H * 4 bytes.
+that mask the loss but not the head; memory is compared with it, that is with eager's where nothing is masked.
+Reference log-probs are zeros, since Liger takes none. Peaks include the results, of which the gradient of the weight is
+most: V * H * 4 bytes.
 
 ``fastpo, two phases`` is ``linear_token_logprobs`` and ``preference_loss`` at the same memory budget.
 """
@@ -29,6 +30,8 @@ LENGTH, BETA = 128, 0.1
 OBJECTIVE = objectives.irpo(BETA, alpha=1.0)
 # Configurations that lost to another one of the same library at every point of the suites quick and full.
 SLOWER = ("fastpo, two phases", "torch eager, all rows", "torch linear_cross_entropy, chunked")
+
+KEPT_BY_MALLOC = 12  # MiB of freed blocks by which resident memory exceeds what is in use
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def cases(suite: str, device: str) -> list[Case]:
     hidden, tokens = (4096, 8192) if device == "cuda" else (1024, 2048)
 
     def case(mode: str, tokens: int, vocab: int, masked: int, hidden: int = hidden, best_only: bool = False) -> Case:
-        # A tenth of what eager holds of the rows that count, three fp32 tensors [N, V], but not less than 192 MiB.
-        budget = max(192, 3 * tokens * (100 - masked) // 100 * vocab * 4 // 10 // 2**20)
+        # A tenth of what eager holds, three fp32 tensors [N, V], but not less than 192 MiB.
+        budget = max(192, 3 * tokens * vocab * 4 // 10 // 2**20)
         shape = {"tokens": tokens, "hidden": hidden, "vocab": vocab, "masked": masked, "budget": budget}
         return Case(f"{device} {mode}", mode, dtype, shape, best_only)
 
@@ -239,20 +242,31 @@ def summary(rows: Sequence[Mapping[str, str]]) -> list[str]:
 def _summary_of(mode: str, points: Mapping[str, Mapping[str, Mapping[str, str]]]) -> list[str]:
     shares, speedups, ratios, over = [], [], [], []
     for shape, found in points.items():
-        sizes = {name: int(value) for name, value in (part.split("=") for part in shape.split())}
-        gradients = sizes["hidden"] * (sizes["tokens"] + (sizes["vocab"] if mode == "trained head" else 0)) * 4 / 2**20
-        extra = {name: float(row["peak_mib"] or "nan") - gradients for name, row in found.items()}
+        extra, budget = _extra_mib(mode, shape, found["fastpo"]), _sizes(shape)["budget"]
         shares.append((float(found["fastpo"]["floor_share"]), shape))
         peers = [name for name in found if not name.startswith("fastpo")]
         speedups += [(float(found[name]["speedup"]), f"{name}, {shape}") for name in peers]
-        if "torch eager" in found and sizes["vocab"] == max(GRID[1]):
-            ratios.append((extra["fastpo"] / extra["torch eager"], shape))
-        if extra["fastpo"] > sizes["budget"]:
-            over.append(f"{extra['fastpo']:.0f} MiB, {shape}")
+        unmasked = shape.replace(f"masked={_sizes(shape)['masked']} ", "masked=0 ")
+        if "torch eager" in points.get(unmasked, {}) and _sizes(shape)["vocab"] == max(GRID[1]):
+            eager = float(points[unmasked]["torch eager"]["peak_mib"] or "nan")  # before there are any gradients
+            ratios.append((extra / eager, shape))
+        if extra > budget + KEPT_BY_MALLOC:
+            over.append(f"  extra memory BEYOND the budget: {extra:.0f} MiB, {shape}")
     lines = [f"{mode}, {len(points)} points", "  at least {:.0%} of the bare GEMMs' rate ({})".format(*min(shares))]
     if speedups:
         lines.append("  at least {:.2f}x as fast as any peer ({})".format(*min(speedups)))
     if ratios:
-        lines.append("  at most {:.1%} of eager's extra memory, V=128256 ({})".format(*max(ratios)))
-    beyond = [f"  extra memory BEYOND the budget: {each}" for each in over]
-    return lines + (beyond or ["  extra memory within the stated budget at every point"])
+        lines.append("  at most {:.1%} of the extra memory of eager on all rows, V=128256 ({})".format(*max(ratios)))
+    return lines + (over or [f"  extra memory within the stated budget at every point, to {KEPT_BY_MALLOC} MiB"])
+
+
+def _sizes(shape: str) -> dict[str, int]:
+    """A row's column of that name, read back."""
+    return {name: int(value) for name, value in (part.split("=") for part in shape.split())}
+
+
+def _extra_mib(mode: str, shape: str, row: Mapping[str, str]) -> float:
+    """Peak of a row without the gradients, which are results."""
+    sizes = _sizes(shape)
+    results = sizes["hidden"] * (sizes["tokens"] + (sizes["vocab"] if mode == "trained head" else 0)) * 4 / 2**20
+    return float(row["peak_mib"] or "nan") - results

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastpo.kernels.linear_token_logprobs.planning import Plan
+from fastpo.kernels.linear_token_logprobs.planning import Plan, tile_memory
 from fastpo.kernels.linear_token_logprobs.planning import plan as plan_head
 from fastpo.types import Pairs, Segments
 
@@ -137,15 +137,18 @@ class Costs:
         """
         if most < min(plan.row_chunk, _LEAST_CHUNK) and whole(plan):
             return plan
-        own = plan.kept_elements // self.vocab_size
         largest = min(plan.row_chunk, most)
+        tile_bytes = tile_memory(largest, plan.vocab_tile, self.hidden_size, max(4, self.like.dtype.itemsize))
+        room = plan.kept_elements + (plan.tile_bytes - tile_bytes) // self.like.itemsize
+        own = room // self.vocab_size
         equal = -(-num_rows // -(-num_rows // largest))
         chunk = equal if num_rows <= most // equal * equal + own else largest
         lent = min(num_rows, most // chunk * chunk)
-        kept = min(plan.kept_elements, (num_rows - lent) * self.vocab_size)
+        kept = min(room, (num_rows - lent) * self.vocab_size)
         return replace(
             plan,
             row_chunk=chunk,
+            tile_bytes=tile_bytes,
             kept_elements=kept,
             kept_bytes=kept * self.like.itemsize,
             lent_elements=lent * self.vocab_size,

@@ -249,8 +249,7 @@ class Totals:
         coefs = torch.stack((a, torch.zeros_like(a), torch.zeros_like(a)))
         slopes = Slopes.of(head, batch, known.norm, state.picked, grads, coefs)
         if state.product is not None:
-            dx = torch.empty_like(state.product)
-            du = None if state.lora_product is None else torch.empty_like(state.lora_product)
+            dx, du = state.product, state.lora_product  # in place: no one asks for the products again
             engine.hidden_gradient(head, batch, state, slopes, kernels, dx, du)
             self._add_hidden(batch, dx, du)
         if self.wanted.head_grad:

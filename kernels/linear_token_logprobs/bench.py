@@ -79,7 +79,7 @@ def cases(suite: str, device: str) -> list[Case]:
 def setup(case: Case, device: str) -> Inputs:
     shape, generator = case.shape, torch.Generator(device).manual_seed(0)
     n, h, v = shape["tokens"], shape["hidden"], shape["vocab"]
-    on = {"generator": generator, "device": device}
+    on: dict[str, Any] = {"generator": generator, "device": device}
     hidden = torch.randn(n, h, **on).to(case.dtype)
     weight = torch.randn(v, h, **on).mul_(2 * h**-0.5).to(case.dtype)
     labels = torch.randint(v, (n,), **on)
