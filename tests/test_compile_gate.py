@@ -16,9 +16,9 @@ from fastpo.dispatch import triton_missing
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def reports(kind: str) -> list[dict]:
+def reports(*only: str) -> list[dict]:
     """What ``python -m fastpo.aot`` says. A process of its own: this one may interpret its Triton kernels."""
-    command = [sys.executable, "-m", "fastpo.aot", "--only", kind, "--json"]
+    command = [sys.executable, "-m", "fastpo.aot", "--json", "--only", *only]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout, done.stderr
@@ -32,21 +32,27 @@ def assert_no_spills(found: list[dict]) -> None:
     assert not spilling, "\n".join(spilling)
 
 
-def launched_kernels() -> set[str]:
-    """Names of the Triton kernels of the op folders: by convention those functions whose name ends in _kernel."""
+def launched_kernels(op: str) -> set[str]:
+    """Names of an op's Triton kernels: by convention those functions whose name ends in _kernel."""
     kernel = re.compile(r"^@triton\.jit.*\ndef (\w+_kernel)\(", re.MULTILINE)
-    files = [path for root in fastpo.kernels.__path__ for path in Path(root).glob("*/*.py")]
+    files = [path for root in fastpo.kernels.__path__ for path in Path(root, op).glob("*.py")]
     return {name for path in files for name in kernel.findall(path.read_text("utf-8"))}
 
 
+OPS = sorted(path.parent.name for root in fastpo.kernels.__path__ for path in Path(root).glob("*/op.py"))
+
+
+@pytest.mark.timeout(900)  # Triton keeps what it compiled: minutes of a core the first time, seconds from then on
 @pytest.mark.skipif(triton_missing() == "triton is not installed", reason="triton is not installed")
-def test_triton_kernels_compile_without_spills():
-    found = reports("triton")
-    assert {r["kernel"].split(" ")[0] for r in found} == launched_kernels()
+@pytest.mark.parametrize("op", [op for op in OPS if launched_kernels(op)])
+def test_triton_kernels_compile_without_spills(op):
+    found = reports("triton", "--ops", op)
+    assert {r["kernel"].split(" ")[0] for r in found} == launched_kernels(op)
     assert {r["arch"] for r in found} == set(aot.ARCHS)
     assert_no_spills(found)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(aot.nvcc_missing() is not None, reason=str(aot.nvcc_missing()))
 def test_cuda_files_compile_without_spills():
     found = reports("cuda")
