@@ -65,7 +65,7 @@ METHODS: tuple[Method, ...] = (
     Method("robust DPO", "Chowdhury et al. 2024", ("robust",), "trl", ("formula", "trl", "limit")),
     Method("IRPO", "Pang et al. 2024", ("irpo",), "paper", ("formula", "limit")),
     Method("ScPO", "Prasad et al. 2024", ("scpo",), "notes", ("formula", "limit", "rule"), ("vote_weights",)),
-    Method("RPO", "Liu et al. 2024", ("rpo",), "paper"),
+    Method("RPO", "Liu et al. 2024", ("rpo",), "notes"),
     Method("CODPO (CGPO)", "Xu et al. 2024", ("codpo",), "paper", ("formula", "limit")),
     Method("MCTS-DPO", "Xie et al. 2024", ("mcts_dpo",), "code", ("formula", "limit", "rule"), ("visit_soft_labels",)),
     Method("CREAM", "Wang et al. 2024", ("cream",), "code", ("formula", "limit", "rule"), ("rank_soft_labels",)),
@@ -87,7 +87,7 @@ METHODS: tuple[Method, ...] = (
     Method("SparsePO, MAPO", "Christopoulou et al. 2024", ("sparse_po",), "code", ("formula", "limit")),
     Method("T-REG", "Zhou et al. 2024", ("t_reg",), "notes", ("formula", "limit", "rule"), ("contrast_token_rewards",)),
     Method("RISE (error-injected)", "Xu et al. 2024", ("rise",), "notes", ("formula", "limit")),
-    Method("MM-RLHF", "Zhang et al. 2025", ("mm_rlhf",), "paper", ("formula", "rule"), ("gap_beta_scales",)),
+    Method("MM-RLHF", "Zhang et al. 2025", ("mm_rlhf",), "notes", ("formula", "rule"), ("gap_beta_scales",)),
     Method(
         "rationale DPO", "Just et al. 2024", ("rationale_dpo",), "code", ("formula", "limit"), ("without_reference",)
     ),

@@ -70,8 +70,8 @@ def osp(beta: float = 0.1) -> Objective:
 def mm_rlhf(beta: float = 0.1, sft: float = 0.25) -> Objective:
     """``-log s(beta_p (D_w - D_l)) + sft NLL(chosen)``, ``beta_p = beta (1 + w (1 - e^(-k gap)))``. Zhang et al. 2025.
 
-    Pairs.beta_scales of ``gap_beta_scales``. The NLL is over the batch's chosen tokens, as TRL's ``sft``; the paper
-    does not say which normaliser it means.
+    Pairs.beta_scales of ``gap_beta_scales``. The NLL is over the batch's chosen tokens, as TRL's ``sft``; the notes
+    it is from do not say which normaliser is meant.
     """
     terms, required = (Term(scale=beta),), ("pairs.beta_scales",)
     return Objective("mm_rlhf", terms, beta=beta, nll=(sft, 0.0), nll_normalizer="batch", requires=required)
