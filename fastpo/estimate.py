@@ -1,6 +1,7 @@
 """What a run will cost, from its config and the model's sizes: ``fastpo train ... --dry_run``. No weights are loaded.
 
-Upper bounds: every response is counted at max_new_tokens, every prompt with as many pairs as its rule can make.
+Upper bounds: every response is counted at max_new_tokens, every prompt with as many pairs as its rule can make, and a
+token that several responses share (the prompt, a common beginning) in each of them.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """Every shipped recipe, end to end on a tiny budget, from one warm start that all share: two iterations each."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,17 @@ def test_recipe_runs(name, start, tmp_path, capsys):
         assert losses and all(abs(loss) < 1e7 for loss in losses)
     pairs = read_jsonl(run / "iteration_2" / "pairs.jsonl")
     assert PROMISES.get(name, lambda *_: True)(pairs, read_json(run / "iteration_2" / "metrics.json"))
+
+
+@pytest.mark.parametrize("name", ["b_star", "meta_rewarding"])
+def test_the_same_seed_gives_the_same_bytes(name, start, tmp_path):
+    """Scans, judgements and pairs of judgements too; the second run is resumed after its samples."""
+    for run in ("a", "b"):
+        argv = ["train", name, *settings(name, start, tmp_path / run), "--no_tensorboard"]
+        assert cli.main(argv) == 0
+    for lost in ("rewards.jsonl", "pairs.jsonl", "reference.safetensors", "metrics.json", "evaluation.json"):
+        (tmp_path / "b" / "iteration_2" / lost).unlink(missing_ok=True)  # sft has no reference
+    shutil.rmtree(tmp_path / "b" / "iteration_2" / "model")
+    assert cli.main(argv) == 0
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").glob("iteration_*/**/*") if p.is_file()]
+    assert files and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
