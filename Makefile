@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 # OpenMP threads that wait asleep: those that spin make training some 20 times slower where other programs run too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test lint bench plots gpu-check clean
+.PHONY: setup demo test lint bench bench-all plots gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -33,6 +33,16 @@ lint: setup
 SUITE ?= quick
 bench: setup
 	$(PY) benchmarks/run.py --suite $(SUITE)
+	$(PY) benchmarks/plot.py --readme
+
+# Everything that has rows, some hours: the ops, the grid of the fused heads, the end-to-end programs, the embedded task.
+bench-all: setup
+	$(PY) benchmarks/run.py --suite full
+	$(PY) benchmarks/run.py --suite grid --rounds 2
+	$(PY) benchmarks/tree_workloads.py
+	$(PY) benchmarks/tree_training.py
+	$(PY) benchmarks/tree_search.py
+	$(PY) benchmarks/embedded_task.py
 	$(PY) benchmarks/plot.py --readme
 
 plots: setup

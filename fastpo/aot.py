@@ -66,7 +66,7 @@ class Report:
 def triton_reports(
     ops: Sequence[str] | None = None, archs: Sequence[int] = ARCHS, workers: int | None = None
 ) -> list[Report]:
-    """Compiles the shipped configurations of ``ops`` (None: of all) in ``workers`` processes (None: a core each, 8 at most).
+    """Compiles the shipped configurations of ``ops`` (None: all) in ``workers`` processes (None: one a core, up to 8).
 
     Triton keeps what it compiled: a second call takes a second, the first one 0.1 to 1.5 s of a core per configuration
     and architecture.
