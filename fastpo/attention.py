@@ -49,9 +49,8 @@ def enable(model: Any) -> Any:
     ``model``: a transformers causal LM, plain or wrapped by peft; enable it before DDP or FSDP wraps it. Without a tree
     it computes what it did before, to the bit. Calling again does nothing; ``disable(model)`` takes it back.
 
-    Costs two forwards of 4 and 9 tokens and four of 5 to 7, for the self-check: every layer must attend through
-    ``AttentionInterface`` and be reached by the tree, and on a tree with branches the hidden states must be those of
-    each path alone. Works on FSDP2-sharded models when every process calls it.
+    Costs seven forwards, of 2 to 11 tokens, for the self-check: every layer must attend through ``AttentionInterface``
+    and be handed the tree, and on a small tree with branches the hidden states must be those of each path alone.
 
     Raises FastpoError, with the model left as it was, for a model that cannot: layers that do not attend through the
     interface (bloom, mpt) or are recurrent (mamba, qwen3_next), a tree that is dropped on the way (stablelm), windows
