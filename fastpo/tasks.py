@@ -26,7 +26,7 @@ class Task(Protocol):
     """What the optimizer loop needs to know of a stage. Items are indices into its data."""
 
     lengths: list[int]  # of each item: the tokens that go through the model, with its own padding
-    prompts: list[int]  # of each item: a number that items with its prompt share
+    prompts: list[int]  # of each item: a number that items with its prompt share; none where that saves nothing
 
     def scorer(self, model: Any) -> nn.Module:
         """The module whose forward and backward train ``model``."""
@@ -69,7 +69,7 @@ class SupervisedTask(ItemTask):
     def __init__(self, examples: Sequence[PromptResponse]):
         self.examples = examples
         self.lengths = [len(prompt) + len(response) - 1 for prompt, response in examples]
-        self.prompts = _numbered(prompt for prompt, _ in examples)
+        self.prompts: list[int] = []  # they share nothing
 
     def normalizer(self, batch: Sequence[int]) -> float:
         return sum(len(self.examples[i][1]) for i in batch)
@@ -109,7 +109,8 @@ class PreferenceTask(ItemTask):
                 raise FastpoError(f"reference has no model; objective {objective.name} needs its whole distribution")
             self.ref_scorer = ResponseScorer(self.reference.model)
         self.lengths = [len(p.present) * (p.longest - 1) for p in pairs]
-        self.prompts = _numbered(p.prompt_ids for p in pairs)
+        numbers: dict[tuple[int, ...], int] = {}
+        self.prompts = [numbers.setdefault(tuple(p.prompt_ids), len(numbers)) for p in pairs]
         _check_reference(pairs, None if self.reference is None else self.reference.logps, objective)
 
     def normalizer(self, batch: Sequence[int]) -> float:
@@ -236,12 +237,6 @@ def _column(values: Sequence[Any], width: int) -> Tensor:
     if isinstance(values[0], tuple) and len({len(v) for v in values}) > 1:
         values = [(*v, *(0.0,) * (width - len(v))) for v in values]
     return torch.tensor(values)
-
-
-def _numbered(prompts: Iterable[Sequence[int]]) -> list[int]:
-    """Equal ones get the same number."""
-    numbers: dict[tuple[int, ...], int] = {}
-    return [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
 
 
 def _ratio(total: float, number: float) -> float:

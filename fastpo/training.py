@@ -48,7 +48,7 @@ class TrainConfig:
     micro_batch_tokens: int = 16384  # tokens, padding included, in one forward of one process
     gradient_checkpointing: bool = False
     sharing: bool = True  # preference pairs: a token that several responses share goes through the model once
-    batch_by: Literal["prompt", "pair"] = "pair"  # what is shuffled: prompts with all their pairs, or pairs
+    batch_by: Literal["prompt", "pair"] = "prompt"  # what is shuffled: prompts with all their pairs, or pairs
     checkpoint_steps: int = 100
     seed: int = 0
 

@@ -57,7 +57,9 @@ def reference(records: list[PairRecord]) -> dict[str, torch.Tensor]:
 
 
 def settings(**changes) -> TrainConfig:
-    return TrainConfig(**{"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 2, "checkpoint_steps": 5, **changes})
+    """Batches that mix the prompts."""
+    given = {"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 2, "checkpoint_steps": 5, "batch_by": "pair"}
+    return TrainConfig(**{**given, **changes})
 
 
 def run_sft(path, log=lambda record: None, **changes):
@@ -227,11 +229,13 @@ def test_two_processes_train_what_one_does(tmp_path):
         [*command, str(folder / "two_processes.py"), str(tmp_path)], env=environment, check=True, timeout=240
     )
 
-    model = build()
     arguments = {"objective": objectives.irpo(), "accelerator": Accelerator(cpu=True), "log": lambda record: None}
-    train_preference(model, pairs(9), reference(pairs(9)), config=settings(), output_dir=tmp_path / "one", **arguments)
-    for name in ("ddp", "cut", "unshared", "fsdp2", "fsdp2_resumed", "fsdp2unshared"):
-        assert largest_difference(load_model(tmp_path / name), model) < 1e-5, name
+    for sharing, names in ((True, ("ddp", "cut", "fsdp2", "fsdp2_resumed")), (False, ("unshared", "fsdp2unshared"))):
+        model, config = build(), settings(sharing=sharing)
+        output = tmp_path / f"one_{sharing}"
+        train_preference(model, pairs(9), reference(pairs(9)), config=config, output_dir=output, **arguments)
+        for name in names:
+            assert largest_difference(load_model(tmp_path / name), model) < 1e-5, name
     expected, _ = response_logps(build(), [(p.prompt_ids, p.chosen_ids) for p in pairs(9)])
     torch.testing.assert_close(torch.load(tmp_path / "logps.pt"), expected, rtol=1e-5, atol=1e-5)
 
