@@ -39,7 +39,6 @@ from measure import machine, percentile  # noqa: E402
 
 from fastpo import embedded  # noqa: E402
 from fastpo.kernels.tree_search import BackupRule, SearchTrees, SelectRule, backup, select  # noqa: E402
-from fastpo.models import onednn_matmul  # noqa: E402
 from fastpo.search import METHODS, Node, Search, StepSampler, method_by_name  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "tree_search.csv"
@@ -220,12 +219,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     where = machine("cpu")
     parts = {"ops": op_rows, "search": search_rows}
-    with onednn_matmul():
-        for part in arguments.only:
-            for row in parts[part](arguments):
-                print({key: value for key, value in row.items() if value != ""}, flush=True)
-                if not arguments.dry_run:
-                    _append({**where, **dict.fromkeys(COLUMNS, ""), **row})
+    for part in arguments.only:
+        for row in parts[part](arguments):
+            print({key: value for key, value in row.items() if value != ""}, flush=True)
+            if not arguments.dry_run:
+                _append({**where, **dict.fromkeys(COLUMNS, ""), **row})
 
 
 def _append(row: dict[str, Any]) -> None:
