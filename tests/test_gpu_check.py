@@ -61,13 +61,12 @@ def test_without_a_gpu_it_says_so():
 def test_gpu_tests_need_nothing_that_only_training_needs():
     """The machine of gpu-check has no datasets, math-verify, rich, TRL. Collected, and info printed, without them."""
     script = """
-import importlib.abc, runpy, sys
+import functools, importlib.machinery
 absent = {"datasets", "math_verify", "rich", "tensorboard", "trl", "peft", "liger_kernel", "cut_cross_entropy"}
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in absent:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+find = importlib.machinery.PathFinder.find_spec
+def find_others(name, path=None, target=None):
+    return None if name.partition(".")[0] in absent else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = functools.partial(find_others)  # no method when others borrow it
 import fastpo.info, pytest
 fastpo.info.main()
 import discovery
