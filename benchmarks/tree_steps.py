@@ -27,8 +27,13 @@ BETA, ALPHA = 0.1, 1.0
 VOCABULARY = 32000
 
 
+def layers_for(vocabulary: int, parameters: int = 50_000_000, hidden: int = 512) -> int:
+    """How many layers make up ``parameters`` beside the embeddings."""
+    return round((parameters - vocabulary * hidden) / (hidden * hidden * (4 + 3 * 11 / 4)))
+
+
 def build_model(layers: int = 10, hidden: int = 512, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
-    """A random Llama of some 50M parameters, embeddings tied, fp32."""
+    """A random Llama, of some 50M parameters by default; embeddings tied, fp32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,

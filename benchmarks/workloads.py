@@ -29,7 +29,7 @@ PROGRAMS = (
     Program(
         "trees.csv",
         "A step (forward and backward), or a forward, of a Llama of 50M parameters, `benchmarks/tree_workloads.py`,",
-        ("workload", "mode", "gemm"),
+        ("vocabulary", "workload", "mode", "gemm"),
         "p50_s",
         lambda row: f"{row['pairs']} pairs, {row['distinct_tokens']} distinct tokens",
     ),
