@@ -29,7 +29,7 @@ PROGRAMS = (
     Program(
         "trees.csv",
         "A step (forward and backward), or a forward, of a Llama of 50M parameters, `benchmarks/tree_workloads.py`,",
-        ("vocabulary", "workload", "mode", "gemm"),
+        ("workload", "mode", "gemm", "vocabulary"),
         "p50_s",
         lambda row: f"{row['pairs']} pairs, {row['distinct_tokens']} distinct tokens",
     ),
@@ -67,7 +67,8 @@ def table(rows: list[Row], program: Program) -> str:
     ]
     for run in runs:
         ours = run["fastpo"]
-        label = ", ".join(ours[name] for name in program.keys if ours[name] != "default")
+        names = {name: ours[name] for name in program.keys if ours[name] != "default"}
+        label = ", ".join(f"V={value}" if name == "vocabulary" else value for name, value in names.items())
         cells = (_cell(run.get(name), ours, program.seconds) for name in others)
         lines.append(f"| {label}: {program.sizes(ours)} | {float(ours[program.seconds]):.3g} | {' | '.join(cells)} |")
     return "\n".join(lines)

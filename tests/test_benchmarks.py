@@ -162,7 +162,15 @@ def test_the_figure_is_drawn(tmp_path):
 
 
 def test_programs_with_rows_of_their_own_have_a_table(tmp_path):
-    row = {"workload": "A", "mode": "step", "gemm": "oneDNN", "device": "Some CPU", "threads": "4", "pairs": "60"}
+    row = {
+        "vocabulary": "32000",
+        "workload": "A",
+        "mode": "step",
+        "gemm": "oneDNN",
+        "device": "Some CPU",
+        "threads": "4",
+        "pairs": "60",
+    }
     row |= {"distinct_tokens": "99", "implementation": "fastpo", "p50_s": "2"}
     rows = [row | {"p50_s": "7"}, row | {"implementation": "gone", "p50_s": "1"}, row]
     rows += [row | {"implementation": "trl", "p50_s": "9"}]
@@ -171,5 +179,5 @@ def test_programs_with_rows_of_their_own_have_a_table(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     text = workloads.tables(tmp_path)
-    assert "| A, step, oneDNN: 60 pairs, 99 distinct tokens | 2 | 9 (4.5x) |" in text
+    assert "| A, step, oneDNN, V=32000: 60 pairs, 99 distinct tokens | 2 | 9 (4.5x) |" in text
     assert "gone" not in text
