@@ -1,7 +1,7 @@
 """What the training stages minimise: the loss of some items of a batch, supervised or preference, and its records."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from fastpo.errors import FastpoError
 from fastpo.integrations.head import Head
+from fastpo.kernels.preference_loss import preference_loss
 from fastpo.models import Batch, PromptResponse, ResponseScorer, collate, split_by_tokens
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
-from fastpo.references import Reference, needs_kl
+from fastpo.references import Reference, needs_kl, responses_of
 from fastpo.types import Pairs, PreferenceOutput, Segments
 
 Record = dict[str, float]  # what one step measured
@@ -58,9 +59,8 @@ class ItemTask:
     def rounds(
         self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
     ) -> list[list[Any]]:
-        groups = split_by_tokens([self.lengths[i] for i in batch], budget, processes)
-        dealt = [[[batch[i] for i in group[rank::processes]] for rank in range(processes)] for group in groups]
-        return [[share for share in shares if share] for shares in dealt]
+        dealt = _dealt([self.lengths[i] for i in batch], budget, processes)
+        return [[[batch[i] for i in share] for share in shares] for shares in dealt]
 
 
 class SupervisedTask(ItemTask):
@@ -91,8 +91,21 @@ class SupervisedTask(ItemTask):
         return {"loss": loss / token_sums[-1], **_token_means(token_sums)}
 
 
+@dataclass(frozen=True)
+class ScoredShare:
+    """A share of a batch whose loss is known already, by its slopes."""
+
+    responses: Mapping[str, PromptResponse]  # by key
+    slopes: Mapping[str, Tensor]  # key -> [n], of the batch's loss, by its log-probs
+    values: Tensor | None = None  # [NUM_PAIR_SUMS] of the batch, in one of its shares
+
+
 class PreferenceTask(ItemTask):
-    """An objective of ``fastpo.objectives`` over pairs. Equal keys stand for one response to one prompt."""
+    """An objective of ``fastpo.objectives`` over pairs. Equal keys stand for one response to one prompt.
+
+    Where the objective couples the scores of the batch and that is several shares, all of it is scored first, without
+    gradient; the slopes of the loss are then the coefficients of each share's log-probs.
+    """
 
     def __init__(
         self,
@@ -109,18 +122,67 @@ class PreferenceTask(ItemTask):
                 raise FastpoError(f"reference has no model; objective {objective.name} needs its whole distribution")
             self.ref_scorer = ResponseScorer(self.reference.model)
         self.lengths = [len(p.present) * (p.longest - 1) for p in pairs]
+        self.has_weights = "pairs.weights" not in (() if objective.couple is None else objective.couple.makes)
+        if not self.has_weights and any(p.weight != 1 for p in pairs):
+            raise FastpoError(f"weights of pairs are not all 1; objective {objective.name} makes pairs of its own")
         numbers: dict[tuple[int, ...], int] = {}
         self.prompts = [numbers.setdefault(tuple(p.prompt_ids), len(numbers)) for p in pairs]
         _check_reference(pairs, None if self.reference is None else self.reference.logps, objective)
 
+    @property
+    def couples_scores(self) -> bool:
+        """Whether the loss of a pair depends on the scores of others in its batch."""
+        return self.objective.couple is not None and self.objective.couple.uses_scores
+
     def normalizer(self, batch: Sequence[int]) -> float:
         return len(batch)
 
+    def rounds(
+        self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
+    ) -> list[list[Any]]:
+        rounds = super().rounds(scorer, batch, budget, processes, device)
+        if not self.couples_scores or sum(map(len, rounds)) == 1:
+            return rounds
+        return self._scored_rounds(scorer, batch, budget, processes, device)
+
+    def _scored_rounds(
+        self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
+    ) -> list[list[ScoredShare]]:
+        """The distinct responses of the batch with the slopes of its loss. Every process scores all of them."""
+        pairs = [self.pairs[i] for i in batch]
+        responses = responses_of(pairs)
+        keys = list(responses)
+        dealt = _dealt([len(prompt) + len(ids) - 1 for prompt, ids in responses.values()], budget, processes)
+        rounds = [[[keys[i] for i in share] for share in shares] for shares in dealt]
+        scored: dict[str, Tensor] = {}
+        for share in (share for shares in rounds for share in shares):
+            packed = collate([responses[key] for key in share]).to(device)
+            with torch.no_grad():
+                logps = scorer(packed, packed.logps)  # [R]
+            scored |= zip(share, logps.split(packed.cu_seqlens.diff().tolist()), strict=True)
+        slopes, values = self.slopes(pairs, scored, batch)
+        shares = [[ScoredShare({key: responses[key] for key in share}, slopes) for share in each] for each in rounds]
+        shares[0][0] = replace(shares[0][0], values=values)
+        return shares
+
+    def slopes(
+        self, pairs: Sequence[PairRecord], scored: Mapping[str, Tensor], batch: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """(key -> [n] d loss / d log-probs, sums [NUM_PAIR_SUMS]) of ``pairs`` whose log-probs [n] are ``scored``."""
+        lengths = [len(part) for part in scored.values()]
+        logps = torch.cat(list(scored.values())).requires_grad_()  # [T]
+        cu_seqlens = torch.tensor([0, *lengths], device=logps.device).cumsum(0)
+        ref_logps, segments, table = self.arguments(pairs, list(scored), cu_seqlens)
+        out = preference_loss(logps, ref_logps, segments, table, self.summed(batch))
+        (gradient,) = torch.autograd.grad(out.loss, logps)
+        values = self.sums(out, table, cu_seqlens, {name: logps.new_zeros(0) for name in STATS})
+        return dict(zip(scored, gradient.split(lengths), strict=True)), values[:NUM_PAIR_SUMS]
+
     def loss(self, scorer: nn.Module, share: Any, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        if isinstance(share, ScoredShare):
+            return self._loss_by_slopes(scorer, share, device)
         pairs = [self.pairs[i] for i in share]
-        responses: dict[str, PromptResponse] = {}  # each distinct one goes through the model once
-        for pair in pairs:
-            responses |= {key: (prompt, ids) for key, prompt, ids in pair.present}
+        responses = responses_of(pairs)  # each distinct one goes through the model once
         packed = collate(list(responses.values())).to(device)
         ref_logps, given_segments, table = self.arguments(pairs, list(responses), packed.cu_seqlens)
         objective, known = self.summed(batch), self._reference_states(packed)
@@ -133,6 +195,17 @@ class PreferenceTask(ItemTask):
             given = (hidden, packed.labels, ref_logps, segments, table, objective)
             out, stats = head.preference_loss(*given, stats=STATS)
             return out.loss, self.sums(out, table, packed.cu_seqlens, stats)
+
+        return scorer(packed, of)
+
+    def _loss_by_slopes(self, scorer: nn.Module, share: ScoredShare, device: torch.device) -> tuple[Tensor, Tensor]:
+        packed = collate(list(share.responses.values())).to(device)
+        slopes = _packed(share.slopes, share.responses, device)  # [R]
+
+        def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            logps, stats = head.logps(hidden, packed.labels, stats=STATS)  # [R]
+            values = logps.new_zeros(NUM_PAIR_SUMS) if share.values is None else share.values
+            return (logps * slopes).sum(), torch.cat((values, torch.stack(token_sums(stats)).float()))
 
         return scorer(packed, of)
 
@@ -183,7 +256,7 @@ class PreferenceTask(ItemTask):
         columns = {name: at for name, at in _COLUMNS.items() if f"pairs.{name}" in self.objective.requires}
         return Pairs(
             torch.tensor(index),  # [P, K]
-            weights=torch.tensor([p.weight for p in pairs]),  # [P]
+            weights=torch.tensor([p.weight for p in pairs]) if self.has_weights else None,  # [P]
             **{name: _column([getattr(p, at) for p in pairs], width) for name, at in columns.items()},
         )
 
@@ -207,8 +280,15 @@ class PreferenceTask(ItemTask):
             return objective
         pairs = [self.pairs[i] for i in batch]
         counts = (sum(len(p.chosen_ids) for p in pairs), sum(len(p.rejected_ids) for p in pairs))
-        per_pair = sum(n for n, a in zip(counts, objective.nll_coefs, strict=True) if a) / len(pairs)
+        per_pair = sum(n for n, a in zip(counts, objective.nll_coefs, strict=True) if a) / len(pairs) or 1.0
         return replace(objective, nll=tuple(a / per_pair for a in objective.nll_coefs), nll_normalizer="none")
+
+
+def _dealt(lengths: Sequence[int], budget: int, processes: int) -> list[list[list[int]]]:
+    """Indices into ``lengths`` in rounds of shares, at most one for each process; see ``split_by_tokens``."""
+    groups = split_by_tokens(lengths, budget, processes)
+    dealt = [[group[rank::processes] for rank in range(processes)] for group in groups]
+    return [[share for share in shares if share] for shares in dealt]
 
 
 def _check_reference(pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor] | None, objective: Objective) -> None:

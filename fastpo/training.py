@@ -126,9 +126,9 @@ def train_preference(
     split into micro-batches and processes.
 
     With ``config.sharing`` the responses of a batch make trees (fastpo/tree_task.py): each distinct token goes through
-    the model once, and an objective that couples its batch (``couple``) couples all of it. Without, and for objectives
-    of the KL over the vocabulary, a response goes through once for all its pairs of a micro-batch, and what couples a
-    batch couples each micro-batch by itself.
+    the model once. Without, and for objectives of the KL over the vocabulary, a response goes through once for all its
+    pairs of a micro-batch. An objective that couples its batch (``couple``) couples all of it either way: a batch that
+    does not fit one forward is scored first, a forward more.
 
     Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking
     accuracy; log-probs per response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per

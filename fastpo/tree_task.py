@@ -49,8 +49,7 @@ class TreePreferenceTask(PreferenceTask):
         self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
     ) -> list[list[Row]]:
         pairs = [self.pairs[i] for i in batch]
-        couple = self.objective.couple
-        rows = plan(pairs, budget, apart=couple is not None and couple.uses_scores)
+        rows = plan(pairs, budget, apart=self.couples_scores)
         here = {id(pair) for row in rows for pair in row.pairs}
         apart = [pair for pair in pairs if id(pair) not in here]
         if apart:
@@ -97,14 +96,7 @@ class TreePreferenceTask(PreferenceTask):
                     logps, cu_seqlens, _ = _response_logps(scorer, row.tree, device)
                 found = zip(row.keys, logps.split(cu_seqlens.diff().tolist()), strict=True)
                 scored |= {key: part for key, part in found if key in wanted}
-        lengths = [len(part) for part in scored.values()]
-        logps = torch.cat(list(scored.values())).requires_grad_()  # [T]
-        cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
-        ref_logps, segments, table = self.arguments(apart, list(scored), cu_seqlens)
-        out = preference_loss(logps, ref_logps, segments, table, self.summed(batch))
-        (gradient,) = torch.autograd.grad(out.loss, logps)
-        slopes = dict(zip(scored, gradient.split(lengths), strict=True))
-        values = self.sums(out, table, cu_seqlens, {name: logps.new_zeros(0) for name in STATS})[:NUM_PAIR_SUMS]
+        slopes, values = self.slopes(apart, scored, batch)
         taken = [row for row in rows if not wanted.isdisjoint(row.keys)]
         others = [row for row in rows if wanted.isdisjoint(row.keys)]
         first, *rest = (replace(row, slopes=slopes) for row in taken)

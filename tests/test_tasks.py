@@ -116,6 +116,13 @@ def test_lists(task_type):
 
 
 @TASKS
+def test_a_batch_without_chosen_responses(task_type):
+    """Of the chosen alone there is nothing to learn then: a loss of 0, not 0 / 0."""
+    found, row = loss(task_type, [record(None, 1), record(None, 4)], objectives.sft(), None)
+    assert found == 0 and row["nll"] == 0
+
+
+@TASKS
 def test_third_and_fourth_members(task_type):
     """SELM's third response lowers the loss by its log-ratio; RISE's (None, None, w, l) is a step pair alone."""
     records = [record(0, 1, 2), record(3, 4, None)]

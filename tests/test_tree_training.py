@@ -5,6 +5,8 @@ stand in several pairs; and worked solutions in the manner of GSM8K, edited copi
 (trees are cut, the members of pairs stand in different rows) to everything in one row.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -107,13 +109,25 @@ def test_solutions_give_the_gradients_of_their_paths(budget):
     assert found[1] == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dpo", "simpo", "cpo", "ld_dpo", "bco", "beta_dpo"])
-@pytest.mark.parametrize("budget", [1, ONE_ROW])
-def test_objectives_do_not_depend_on_the_packing(name, budget):
-    """cpo divides by the tokens of the batch; bco and beta_dpo couple it, so their slopes are those of all of it."""
-    objective = objectives.by_name(name)
-    found = step(TreePreferenceTask, solutions(), objective, budget)
-    assert_same_step(found, step(PreferenceTask, solutions(), objective, ONE_ROW))
+@pytest.mark.parametrize("name", ["dpo", "simpo", "cpo", "ld_dpo", "bco", "beta_dpo", "aot_unpaired"])
+@pytest.mark.parametrize(
+    "task_type, budget", [(TreePreferenceTask, 1), (TreePreferenceTask, ONE_ROW), (PreferenceTask, 100)]
+)
+def test_objectives_do_not_depend_on_the_packing(name, task_type, budget):
+    """cpo divides by the tokens of the batch; bco, beta_dpo and aot_unpaired couple the scores of all of it.
+
+    100 tokens: two responses in a forward without trees, of the 24 of the batch.
+    """
+    objective, records = objectives.by_name(name), solutions()
+    if name == "aot_unpaired":  # a pair's weight has no meaning for pairs of ranks
+        with pytest.raises(FastpoError, match="weights of pairs are not all 1; objective aot_unpaired makes pairs of"):
+            step(task_type, records, objective, budget)
+        records = [replace(record, weight=1.0) for record in records]
+    found = step(task_type, records, objective, budget)
+    expected = step(PreferenceTask, records, objective, ONE_ROW)
+    assert_same_step(found, expected)
+    if task_type is TreePreferenceTask:  # else what stands in several forwards counts as often
+        assert found[1]["tokens"] == expected[1]["tokens"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "phi"])
