@@ -105,8 +105,6 @@ class Loop:
     def folder(self, iteration: int) -> Path:
         return self.run.folder(iteration)
 
-    # ---- the stages, in their order
-
     def check_data(self) -> None:
         """Tokenises the given pairs and the first prompts: what does not fit the context stops the run at its start."""
         _ = self.given_pairs, self.heldout_pairs
@@ -275,8 +273,6 @@ class Loop:
         if reference is not None:
             found |= {f"{name}_before": value for name, value in stages.pair_summary(some, reference.logps).items()}
         return {f"pairs_{name}": value for name, value in found.items()}
-
-    # ---- small things the stages share
 
     def _shared_settings(self, stage: str) -> Row:
         return {

@@ -100,9 +100,6 @@ def candidates(texts: Sequence[str], lengths: Sequence[int]) -> Candidates:
     return Candidates(keep, duplicates=len(texts) - empty - len(keep), empty=empty)
 
 
-# ---------------------------------------------------------------- rules
-
-
 @dataclass(frozen=True)
 class Scored:
     """What a rule sees of one prompt."""
@@ -266,9 +263,6 @@ RULES = {
     "judgements": Rule(_judgements),
 }
 SEARCHED = Rule(lambda _: [], ("soft_label", "margin"))  # pairs of a search: fastpo.search chooses them
-
-
-# ---------------------------------------------------------------- all prompts
 
 
 def build_pairs(

@@ -96,8 +96,6 @@ class Run:
     def folder(self, iteration: int) -> Path:
         return self.directory / stage_folder(iteration)
 
-    # ---- processes
-
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -127,8 +125,6 @@ class Run:
         if self.accelerator.num_processes > 1:
             broadcast_object_list(answer)
         return answer[0]
-
-    # ---- artefacts
 
     def parts(
         self, path: Path, items: Sequence[Item], chunk: int, compute: Callable[[int, Sequence[Item]], list[Row]]
@@ -168,8 +164,6 @@ class Run:
         if self.main:
             with open(self.directory / "timings.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage, "seconds": round(time.perf_counter() - start, 3)}) + "\n")
-
-    # ---- models
 
     def model_path(self, iteration: int) -> Path | str:
         """Where M_k is; M_0 is the warm start's, or the given model itself."""

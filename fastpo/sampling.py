@@ -18,11 +18,11 @@ from fastpo.errors import FastpoError, RunError
 from fastpo.integrations.head import unwrapped
 from fastpo.models import context_length
 
-_COMPACT_BELOW = 0.8  # finished rows leave the batch when this share or less of its rows is still running
+COMPACT_BELOW = 0.8  # finished rows leave the batch when this share or less of its rows is still running
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """What every batch of one ``generate`` call shares."""
 
     num_samples: int
@@ -66,7 +66,7 @@ def generate(
     Raises FastpoError for an empty prompt, for one that leaves no room for ``max_new_tokens`` in the model's context,
     and for settings out of range, before any work; RunError for a model whose logits are NaN.
     """
-    request = _Request(num_samples, max_new_tokens, temperature, top_p, top_k, eos_token_id, pad_token_id, seed)
+    request = Request(num_samples, max_new_tokens, temperature, top_p, top_k, eos_token_id, pad_token_id, seed)
     _check(request, batch_size, prompts, context_length(model))
     responses: list[list[list[int]]] = [[] for _ in prompts]
     was_training = model.training
@@ -84,7 +84,7 @@ def generate(
     return responses
 
 
-def _check(request: _Request, batch_size: int, prompts: Sequence[Sequence[int]], context: int | None) -> None:
+def _check(request: Request, batch_size: int, prompts: Sequence[Sequence[int]], context: int | None) -> None:
     for name in ("num_samples", "max_new_tokens"):
         if getattr(request, name) < 1:
             raise FastpoError(f"{name} is {getattr(request, name)}; it should be 1 or more")
@@ -114,7 +114,7 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]
 
 
 def _generate_batch(
-    model: PreTrainedModel, indices: list[int], prompts: list[Sequence[int]], request: _Request
+    model: PreTrainedModel, indices: list[int], prompts: list[Sequence[int]], request: Request
 ) -> list[list[list[int]]]:
     device = next(model.parameters()).device
     accepted = inspect.signature(unwrapped(model).forward).parameters
@@ -144,13 +144,13 @@ def _generate_batch(
             logits, attention_mask, position_ids = (
                 t.repeat_interleave(request.num_samples, 0) for t in (logits, attention_mask, position_ids)
             )
-        tokens = _pick(logits.float(), uniforms[rows_left, step], request)  # [A]
+        tokens = pick_tokens(logits.float(), uniforms[rows_left, step], request)  # [A]
         generated[rows_left, step] = tokens
         running &= tokens != request.eos_token_id
         alive = running.nonzero().squeeze(1)
         if alive.numel() == 0:
             break
-        if alive.numel() <= _COMPACT_BELOW * running.numel():
+        if alive.numel() <= COMPACT_BELOW * running.numel():
             cache.batch_select_indices(alive)
             rows_left, tokens, attention_mask, position_ids, running = (
                 t[alive] for t in (rows_left, tokens, attention_mask, position_ids, running)
@@ -168,7 +168,7 @@ def _until(row: list[int], eos_token_id: int) -> list[int]:
     return row[: row.index(eos_token_id) + 1] if eos_token_id in row else row
 
 
-def _left_pad(prompts: list[Sequence[int]], request: _Request, device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_pad(prompts: list[Sequence[int]], request: Request, device: torch.device) -> tuple[Tensor, Tensor]:
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), request.pad_token_id)  # [B, L]
     attention_mask = torch.zeros_like(input_ids)  # [B, L]
@@ -178,7 +178,7 @@ def _left_pad(prompts: list[Sequence[int]], request: _Request, device: torch.dev
     return input_ids.to(device), attention_mask.to(device)
 
 
-def _uniforms(indices: list[int], request: _Request) -> Tensor:
+def _uniforms(indices: list[int], request: Request) -> Tensor:
     """[R, max_new_tokens] in [0, 1), from a stream per prompt; zeros when greedy."""
     shape = (request.num_samples, request.max_new_tokens)
     if request.temperature == 0:
@@ -187,7 +187,7 @@ def _uniforms(indices: list[int], request: _Request) -> Tensor:
     return torch.from_numpy(np.concatenate(draws))
 
 
-def _pick(logits: Tensor, uniforms: Tensor, request: _Request) -> Tensor:
+def pick_tokens(logits: Tensor, uniforms: Tensor, request: Request) -> Tensor:
     """The token of each row of ``logits`` [A, V] fp32 where the cumulative distribution passes ``uniforms`` [A]."""
     if request.temperature == 0:
         return logits.argmax(-1)
@@ -201,7 +201,7 @@ def _pick(logits: Tensor, uniforms: Tensor, request: _Request) -> Tensor:
     return torch.searchsorted(cdf, target[:, None], right=True).squeeze(1)
 
 
-def _restrict(logits: Tensor, request: _Request) -> Tensor:
+def _restrict(logits: Tensor, request: Request) -> Tensor:
     """``logits`` [A, V] with -inf outside the top ``top_k``, then outside the smallest set of mass ``top_p``."""
     ranked, ids = logits.sort(dim=-1, descending=True, stable=True)  # [A, V]
     if request.top_k:
@@ -213,7 +213,7 @@ def _restrict(logits: Tensor, request: _Request) -> Tensor:
     return torch.empty_like(logits).scatter_(-1, ids, ranked)
 
 
-class _PreallocatedLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A cache layer that writes into room reserved once; transformers' own copies the whole cache for each token."""
 
     def __init__(self, capacity: int):
@@ -251,5 +251,5 @@ class _PreallocatedLayer(DynamicLayer):
 
 def _new_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    cache.layers = [_PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -169,9 +169,6 @@ def pack(trees: Sequence[TokenTree], budget: int) -> PackedTrees:
     )
 
 
-# ---------------------------------------------------------------- numpy below
-
-
 class _Part(NamedTuple):
     """A TokenTree in numpy."""
 

@@ -106,8 +106,6 @@ def test_clamps():
     assert not SCORE_MAPS["power"].slope(far, 1.0).any() and SCORE_MAPS["power"].value(far, 1.0).isfinite().all()
 
 
-# ---------------------------------------------------------------- C++ (csrc/links.h), through the op
-
 needs_cpu = pytest.mark.skipif(extension_missing("_C") is not None, reason=str(extension_missing("_C")))
 
 

@@ -31,9 +31,6 @@ def test_every_preset_has_a_formula():
     assert {name.partition("__")[0] for name in FORMULAS} == set(PRESETS)
 
 
-# ---------------------------------------------------------------- names and settings
-
-
 def test_by_name():
     assert by_name("irpo", beta=0.2, alpha=0.5) == objectives.irpo(0.2, 0.5)
     assert all(by_name(name).name == name for name in PRESETS)

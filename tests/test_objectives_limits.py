@@ -123,8 +123,6 @@ def test_the_pair_is_ranked_right_iff_the_loss_is_small(win, lose, ref_win, ref_
     assert bool(loss <= bound) == (win >= lose)
 
 
-# ---------------------------------------------------------------- derivations, on policies of three responses
-
 WIN_RATES = torch.tensor([[0.5, 0.8, 0.3], [0.2, 0.5, 0.9], [0.7, 0.1, 0.5]], dtype=torch.float64)  # P(row > column)
 REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 
@@ -164,9 +162,6 @@ def test_reward_differences_are_the_optimum(objective):
     out = preference_loss(best, REFERENCE.log(), Segments(torch.arange(4)), replace(pairs, **column), objective)
     (grad,) = torch.autograd.grad(out.loss, best)
     torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
-
-
-# ---------------------------------------------------------------- columns
 
 
 def test_visit_soft_labels():

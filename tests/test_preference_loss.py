@@ -52,9 +52,6 @@ def test_two_phases_make_one(backend, monkeypatch):
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-9)
 
 
-# ---------------------------------------------------------------- edges
-
-
 def test_no_tuples_cost_nothing(backend):
     """Loss 0 with gradient 0, so that a step without pairs is a step of nothing; the scores are there all the same."""
     logps = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
@@ -179,9 +176,6 @@ def test_extreme_margins(backend):
         assert out.losses.isfinite().all() and torch.autograd.grad(out.loss, scores)[0].isfinite().all(), link
 
 
-# ---------------------------------------------------------------- autograd and compilation
-
-
 @pytest.mark.parametrize("name", ["irpo", "orpo", "sparse_po", "sppo"])
 def test_gradcheck(name, monkeypatch):
     """The closed-form slopes, numerically: every float input that takes a gradient."""
@@ -267,8 +261,6 @@ def test_fullgraph(dynamic, monkeypatch):
         results.append((loss, margins, scores, *torch.autograd.grad(loss + scores.sum(), leaves.values())))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-
-# ---------------------------------------------------------------- mistakes
 
 LOGPS, REF = -torch.ones(5), -torch.ones(5)
 SEGMENTS, PAIRS = Segments(torch.tensor([0, 2, 5])), Pairs(torch.tensor([[0, 1]]))

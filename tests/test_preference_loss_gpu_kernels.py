@@ -67,16 +67,10 @@ def backend(request, monkeypatch) -> str:
     return request.param
 
 
-# ---------------------------------------------------------------- the op
-
-
 def test_a_large_index_is_sorted(backend, monkeypatch):
     """One element more than is searched."""
     index = torch.randint(-1, len(LENGTHS), (8193, 2), generator=torch.Generator().manual_seed(0))
     check(Batch(objectives.irpo(), index=index.tolist()), monkeypatch, backend)
-
-
-# ---------------------------------------------------------------- edges
 
 
 def direct(backend: str, batch: Batch, cu=None, index=None, shift=0):

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import EOS, NAMES, PAD, build, random_tokens
 
 from fastpo.errors import FastpoError
-from fastpo.sampling import _pick, _Request, generate
+from fastpo.sampling import Request, generate, pick_tokens
 
 COMMON = {"eos_token_id": EOS, "pad_token_id": PAD, "max_new_tokens": 16}
 
@@ -65,10 +65,10 @@ def test_the_sampled_distribution_is_the_restricted_softmax(settings, kept):
     probabilities = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     order = torch.tensor([3, 0, 4, 1, 2])  # token ids are not in the order of their probability
     values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **settings}
-    request = _Request(num_samples=1, max_new_tokens=1, eos_token_id=EOS, pad_token_id=PAD, seed=0, **values)
+    request = Request(num_samples=1, max_new_tokens=1, eos_token_id=EOS, pad_token_id=PAD, seed=0, **values)
     steps = 20_000
     logits = torch.empty(5).scatter(0, order, probabilities.log())
-    tokens = _pick(logits.expand(steps, 5), torch.arange(steps) / steps, request)
+    tokens = pick_tokens(logits.expand(steps, 5), torch.arange(steps) / steps, request)
     shares = torch.bincount(tokens, minlength=5)[order] / steps
     expected = torch.zeros(5)
     expected[kept] = probabilities[kept] ** (1 / values["temperature"])
@@ -77,8 +77,8 @@ def test_the_sampled_distribution_is_the_restricted_softmax(settings, kept):
 
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(3, 1)
-    request = _Request(1, 1, 1.0, 1.0, 0, EOS, PAD, 0)
-    assert _pick(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), request).tolist() == [1, 3, 3]
+    request = Request(1, 1, 1.0, 1.0, 0, EOS, PAD, 0)
+    assert pick_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), request).tolist() == [1, 3, 3]
 
 
 def test_nan_logits_are_reported():

@@ -195,9 +195,6 @@ def test_several_leaves_a_wave():
     assert four.counts.waves < one.counts.waves
 
 
-# ---------------------------------------------------------------- saved and continued
-
-
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("waves", [1, 3])
 def test_a_continued_search_is_the_undisturbed_one(name, waves, tmp_path):
@@ -229,9 +226,6 @@ def test_another_search_is_refused(tmp_path):
     for other in (make("cpl"), make(prompts=PROMPTS[:2]), make(simulations=3)):
         with pytest.raises(FastpoError, match="other prompts or another method"):
             load_search(other, path)
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def snapshot(search):

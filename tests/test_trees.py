@@ -92,9 +92,6 @@ def test_duplicates_share_a_leaf_and_their_weights_add():
     assert logps.grad.tolist() == [0, 2, 5]
 
 
-# ---------------------------------------------------------------- growing
-
-
 @given(SEQUENCES)
 def test_a_tree_that_grew_step_by_step_is_the_tree_of_its_paths(sequences):
     builder = TreeBuilder()
@@ -127,9 +124,6 @@ def test_builder_refuses_nodes_that_are_not_there():
     builder.append([1, 2])
     with pytest.raises(FastpoError, match="leaves holds 2; it should hold nodes below 2"):
         builder.snapshot([2], 1)
-
-
-# ---------------------------------------------------------------- packing
 
 
 @given(st.lists(forests(), max_size=4), st.integers(7, 20))
@@ -190,9 +184,6 @@ def test_cut_overhead_is_reported():
 def test_records_move_as_one():
     packed = pack([build_tree([[1, 2], [1, 3]], 1)], 8).to("meta")
     assert {t.device.type for t in (packed.rows[0].tokens, packed.nodes[0], packed.sequences[0])} == {"meta"}
-
-
-# ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -271,9 +262,6 @@ def test_a_budget_below_the_longest_path_is_refused():
     inputs = [build_tree([[1, 2]], 1), build_tree([[1, 2, 3, 4], [1, 2, 5]], 1)]
     with pytest.raises(FastpoError, match=r"budget is 3; it should be at least 4, the longest path of trees\[1\]"):
         pack(inputs, 3)
-
-
-# ---------------------------------------------------------------- without csrc/host
 
 
 @given(SEQUENCES, st.integers(7, 14))

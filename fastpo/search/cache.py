@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from fastpo.sampling import _PreallocatedLayer
+from fastpo.sampling import PreallocatedLayer
 
 from .nodes import Step
 
@@ -93,7 +93,7 @@ class KeyValuePool:
 def new_cache(model: PreTrainedModel, room: int) -> Any:
     """An empty cache whose plain layers have their memory from the start."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [_PreallocatedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

@@ -85,8 +85,6 @@ class Search:
         self.counts = Counts()
         self.timer = Timer()
 
-    # ---- running
-
     def run(
         self,
         progress: Callable[[Progress], None] | None = None,
@@ -150,8 +148,6 @@ class Search:
     def num_nodes(self) -> int:
         return sum(map(len, self.steps))
 
-    # ---- nodes
-
     def node(self, tree: int, node: int) -> Node:
         children = len(self.children[tree][node])
         return Node(tree, node, self._path(tree, node), children, self.terminal[tree][node])
@@ -162,8 +158,6 @@ class Search:
             path.append(steps[node])
             node = parents[node]
         return tuple(reversed(path))
-
-    # ---- one wave
 
     def _grow_by(self, expansions: list[Expansion]) -> None:
         expansions = sorted(expansions)

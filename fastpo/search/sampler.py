@@ -15,7 +15,7 @@ from fastpo.errors import FastpoError, RunError
 from fastpo.integrations.head import unwrapped
 from fastpo.kernels.token_logprobs import token_logprobs
 from fastpo.models import context_length
-from fastpo.sampling import _COMPACT_BELOW, _pick, _Request
+from fastpo.sampling import COMPACT_BELOW, Request, pick_tokens
 
 from .cache import KeyValuePool, new_cache, padded, taken
 from .nodes import Node, Step
@@ -89,7 +89,7 @@ class StepSampler:
         self.step_draw = _Draw(stops, step_tokens, (), keep=True)
         self.seed, self.batch_size = seed, batch_size
         self.context = context or context_length(model)
-        self.request = _Request(1, step_tokens, temperature, top_p, top_k, eos_token_id, pad_token_id, seed)
+        self.request = Request(1, step_tokens, temperature, top_p, top_k, eos_token_id, pad_token_id, seed)
         self.why_no_pool = KeyValuePool.why_not(model)
         self.pool = KeyValuePool(model, cache_tokens)
         accepted = inspect.signature(unwrapped(model).forward).parameters
@@ -152,8 +152,6 @@ class StepSampler:
         """Of ``most`` tokens below ``node``, those that the context has room for."""
         return most if self.context is None else max(0, min(most, self.context - len(node.ids)))
 
-    # ---- from the paths to the first logits
-
     def _start(self, nodes: Sequence[Node], room: int) -> _Start:
         if self.why_no_pool is not None:
             return self._forward_paths([node.ids for node in nodes], room)
@@ -213,8 +211,6 @@ class StepSampler:
         self.seconds += time.perf_counter() - started
         return out.logits[:, -1]
 
-    # ---- from the first logits to the steps
-
     def _decode(
         self, start: _Start, nodes: Sequence[Node], widths: Sequence[int], rooms: Sequence[int], draw: _Draw
     ) -> tuple[list[list[int]], list[float], tuple[list[Tensor], list[Tensor]] | None]:
@@ -236,7 +232,7 @@ class StepSampler:
         running = torch.ones_like(left, dtype=torch.bool)  # [A]
         for t in range(room):
             started = time.perf_counter()
-            tokens = _pick(logits.float(), uniforms[left, t], self.request)  # [A]
+            tokens = pick_tokens(logits.float(), uniforms[left, t], self.request)  # [A]
             logp = token_logprobs(logits, tokens)  # [A]
             sums[left] += torch.where(running, logp, 0).double()
             lengths[left] += running
@@ -246,7 +242,7 @@ class StepSampler:
             self.seconds += time.perf_counter() - started
             if alive.numel() == 0 or t + 1 == room:
                 break
-            if alive.numel() <= _COMPACT_BELOW * running.numel():
+            if alive.numel() <= COMPACT_BELOW * running.numel():
                 self._save(saved, start.cache, left, width, t)
                 start.cache.batch_select_indices(alive)
                 left, tokens, mask, positions, running = (x[alive] for x in (left, tokens, mask, positions, running))
@@ -314,8 +310,6 @@ class StepSampler:
                 row += 1
         index = torch.tensor([rows, positions, slots], device=self.device, dtype=torch.int64)
         self.pool.write(index[2], *([x[index[0], index[1]] for x in group] for group in (keys, values)))
-
-    # ---- what else the pool is good for
 
     @torch.inference_mode()
     def label_set_prob(

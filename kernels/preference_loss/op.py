@@ -33,7 +33,6 @@ from .records import (
 
 OP = backends.OP  # for fastpo.info
 
-# ---------------------------------------------------------------- ops
 
 _library = torch.library.Library("fastpo", "FRAGMENT")
 _library.define(f"preference_loss_fwd{backends.FORWARD}")
@@ -92,9 +91,6 @@ for _name, _compiled, _function, _fake in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpo::{_name}", _fake, lib=_library)
     torch.library.register_fake(f"fastpo_c::{_compiled}", _fake, lib=backends.LIBRARY)
-
-
-# ---------------------------------------------------------------- autograd
 
 
 def _kept(tokens: Tokens, needs: list[bool]) -> Tokens:
@@ -236,9 +232,6 @@ class _Scores(torch.autograd.Function):
 
 def _differentiable(tokens: Tokens) -> list[Tensor | None]:
     return [tokens[at] for at in _GRADS_AT]
-
-
-# ---------------------------------------------------------------- public functions
 
 
 def preference_loss(

@@ -48,9 +48,6 @@ def _run(like: Tensor) -> Any:
     return OP.pick(like.device, like.dtype).impl
 
 
-# ---------------------------------------------------------------- from logits
-
-
 @torch.library.custom_op("fastpo::token_kl_fwd", mutates_args=())
 def _forward_op(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, scale: float, softcap: float
@@ -149,9 +146,6 @@ def token_kl(
     flat = None if mask is None else mask.reshape(-1)
     kl, _ = _forward_op(*(x.reshape(-1, x.shape[-1]) for x in (logits, ref_logits.detach())), flat, *head)
     return kl.view(logits.shape[:-1])
-
-
-# ---------------------------------------------------------------- from hidden states
 
 
 class _Operands(NamedTuple):
@@ -342,9 +336,6 @@ def linear_token_kl(
         torch.is_grad_enabled() and hidden.requires_grad,
     )
     return kl.view(hidden.shape[:-1])
-
-
-# ---------------------------------------------------------------- shared
 
 
 def _chunks(rows: int, size: int) -> list[slice]:
