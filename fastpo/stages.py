@@ -52,11 +52,17 @@ def build_objective(config: Config) -> Objective:
     rule = RULES[config.pair_rule] if config.search == "none" else SEARCHED
     columns = ("weight",) if config.preferences else ("weight", *rule.columns)
     supplied = {SUPPLIED[c] for c in columns} | {f"segments.{name}" for name in (*TOKEN_COLUMNS, "kl")}
+    if config.search != "none":  # its pairs begin behind steps, which have no prompt to put another text into
+        supplied.remove("segments.token_coefs")
     missing = sorted(set(objective.requires) - supplied)
     if missing:
         source = "preferences files" if config.preferences else f"pair_rule {config.pair_rule}"
         source = source if config.search == "none" else f"search {config.search}"
         raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which {source} does not give")
+    if config.preferences and objective.num_members > 2:
+        raise FastpoError(
+            f"objective {config.objective} compares {objective.num_members} responses, preferences files hold two"
+        )
     if rule.members and objective.num_members > rule.members:
         raise FastpoError(
             f"objective {config.objective} compares {objective.num_members} responses, pair_rule {config.pair_rule} "
@@ -141,9 +147,9 @@ def pair_records(pairs: Sequence[Row], samples: Sequence[Row], codec: Codec) -> 
 
 def with_mismatches(records: Sequence[PairRecord]) -> list[PairRecord]:
     """Each record with a third member: its prompt and the first response of the next record to another one. KTO."""
-    result = []
+    result, number = [], len(records)
     for i, record in enumerate(records):
-        order = (*records[i + 1 :], *records[:i])
+        order = (records[(i + step) % number] for step in range(1, number))
         other = next((r for r in order if r.prompt_ids != record.prompt_ids), None)
         third: tuple[str, list[int], list[int]] = ("", [], [])
         if other is not None:

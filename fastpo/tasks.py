@@ -12,6 +12,7 @@ from fastpo.integrations.head import Head
 from fastpo.kernels.preference_loss import preference_loss
 from fastpo.models import Batch, PromptResponse, ResponseScorer, collate, split_by_tokens
 from fastpo.objectives import Objective
+from fastpo.objectives.coupling import SharedLengths, TokenKl
 from fastpo.pairs import PairRecord
 from fastpo.references import Reference, needs_kl, responses_of
 from fastpo.types import Pairs, PreferenceOutput, Segments
@@ -113,9 +114,10 @@ class PreferenceTask(ItemTask):
         reference: Reference | Mapping[str, Tensor] | None,
         objective: Objective,
     ):
-        self.pairs = pairs
+        reference = Reference(reference) if isinstance(reference, Mapping) else reference
+        _check_reference(pairs, None if reference is None else reference.logps, objective)
+        self.pairs, self.reference = _separated(pairs, reference, objective)
         self.objective = objective
-        self.reference: Reference | None = Reference(reference) if isinstance(reference, Mapping) else reference
         self.ref_scorer = None
         if needs_kl(objective):
             if self.reference is None or self.reference.model is None:
@@ -127,7 +129,6 @@ class PreferenceTask(ItemTask):
             raise FastpoError(f"weights of pairs are not all 1; objective {objective.name} makes pairs of its own")
         numbers: dict[tuple[int, ...], int] = {}
         self.prompts = [numbers.setdefault(tuple(p.prompt_ids), len(numbers)) for p in pairs]
-        _check_reference(pairs, None if self.reference is None else self.reference.logps, objective)
 
     @property
     def couples_scores(self) -> bool:
@@ -289,6 +290,37 @@ def _dealt(lengths: Sequence[int], budget: int, processes: int) -> list[list[lis
     groups = split_by_tokens(lengths, budget, processes)
     dealt = [[group[rank::processes] for rank in range(processes)] for group in groups]
     return [[share for share in shares if share] for shares in dealt]
+
+
+def _separated(
+    pairs: Sequence[PairRecord], reference: Reference | None, objective: Objective
+) -> tuple[Sequence[PairRecord], Reference | None]:
+    """Keys of their own for responses whose tokens count differently from pair to pair (LD-DPO), or as the chosen and
+    as the rejected one (TDPO-2): as one sequence they would take what is right for one of its pairs."""
+    by_pair = isinstance(objective.couple, SharedLengths)
+    if not by_pair and not (isinstance(objective.couple, TokenKl) and objective.couple.detach_chosen):
+        return pairs, reference
+    olds: dict[str, str] = {"": ""}
+
+    def named(key: str, pair: int, place: int) -> str:
+        name = f"{key}#{pair if by_pair else place}" if key else ""
+        olds[name] = key
+        return name
+
+    def renamed(i: int, pair: PairRecord) -> PairRecord:
+        others = tuple((named(key, i, at), ask, ids) for at, (key, ask, ids) in enumerate(pair.others, start=2))
+        chosen, rejected = (named(key, i, at) for at, (key, *_) in enumerate(pair.members[:2]))
+        return replace(pair, chosen_key=chosen, rejected_key=rejected, others=others)
+
+    separate = [renamed(i, pair) for i, pair in enumerate(pairs)]
+    if reference is None:
+        return separate, None
+
+    def by_name(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values[key] for name, key in olds.items() if key in values}
+
+    columns = {field: by_name(values) for field, values in reference.columns.items()}
+    return separate, replace(reference, logps=by_name(reference.logps), columns=columns)
 
 
 def _check_reference(pairs: Sequence[PairRecord], ref_logps: Mapping[str, Tensor] | None, objective: Objective) -> None:

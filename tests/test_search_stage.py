@@ -155,6 +155,7 @@ def test_the_config_knows_every_method():
         ("--search_c -1", "c is -1"),
         ("--search_step_tokens 0", "search_step_tokens is 0"),
         ("--objective sppo", "objective sppo needs pairs.targets, which search mcts_dpo does not give"),
+        ("--objective t_reg", "objective t_reg needs segments.token_coefs, which search mcts_dpo does not give"),
     ],
 )
 def test_bad_keys(extra, message, reward, tmp_path, capsys):

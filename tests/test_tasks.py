@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from tiny_models import build, random_tokens
 
 from fastpo import objectives, stages
+from fastpo.config import Config
 from fastpo.errors import FastpoError
 from fastpo.models import ResponseScorer, response_logps
 from fastpo.pairs import PairRecord
@@ -201,6 +202,29 @@ def test_tdpo_and_sparse_po_see_the_whole_distribution():
         PreferenceTask(records, reference_of(records), objectives.tdpo2())
 
 
+@TASKS
+def test_a_response_counts_in_each_pair_as_that_pair_says(task_type):
+    """LD-DPO cuts response 1, of six tokens, at four in one pair and at three in the other."""
+    records, softplus = [record(1, 0), record(1, 2)], torch.nn.functional.softplus
+
+    def score(member, shared):
+        values = logps(POLICY, *of(member)) - logps(REFERENCE, *of(member))
+        return values[:shared].sum() + 0.5 * values[shared:].sum()
+
+    expected = [softplus(-0.1 * (score(1, n) - score(r, n))).item() for r, n in ((0, 4), (2, 3))]
+    found, _ = loss(task_type, records, objectives.ld_dpo(), reference_of(records))
+    assert found == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_tdpo2_detaches_the_chosen_in_their_place_alone():
+    """Response 1 is chosen in one pair and rejected in the other; the KL has its gradient there."""
+    records = [record(1, 0), record(2, 1)]
+    everything = reference_of(records, model=REFERENCE)
+    both = gradients(PreferenceTask, records, objectives.tdpo2(), everything)
+    apart = [gradients(PreferenceTask, [one], objectives.tdpo2(), everything) for one in records]
+    assert (both - sum(apart)).norm() <= 1e-5 * both.norm()
+
+
 def gradients(task_type, records, objective, reference):
     model = build(seed=1)
     task = task_type(records, reference, objective)
@@ -233,6 +257,14 @@ def test_uncertainty_masks():
         p = distributions(REFERENCE, *response)
         entropy = -(p.exp() * p).sum(-1)
         assert torch.allclose(mask.double(), entropy / entropy.max(), atol=1e-5)
+
+
+def test_given_preferences_have_no_third_response():
+    """KTO would train on without its KL, SELM without what it explores, and never say so."""
+    for objective, rule in (("kto_batch", "unpaired"), ("selm", "third")):
+        config = Config(preferences="pairs.jsonl", objective=objective, pair_rule=rule, alpha=None)
+        with pytest.raises(FastpoError, match=f"objective {objective} compares 3 responses, preferences files hold tw"):
+            stages.build_objective(config)
 
 
 def test_scorer_is_the_plain_one_without_trees():

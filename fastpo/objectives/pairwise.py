@@ -88,7 +88,8 @@ def wpo(beta: float = 0.1) -> Objective:
 def ld_dpo(beta: float = 0.1, alpha: float = 0.5) -> Objective:
     """DPO whose tokens beyond the pair's shorter response count ``alpha``. LD-DPO, Liu et al. 2024; TRL's ``ld_alpha``.
 
-    A sequence in several tuples takes the shortest of its partners, so give each pair sequences of its own.
+    A sequence in several tuples takes the shortest of its partners, so give each pair sequences of its own, as
+    ``fastpo train`` does.
     """
     return Objective("ld_dpo", (Term(scale=beta),), beta=beta, couple=SharedLengths(alpha))
 
@@ -179,7 +180,8 @@ def tdpo1(beta: float = 0.1) -> Objective:
 def tdpo2(beta: float = 0.1, alpha: float = 0.5) -> Objective:
     """``-log s(beta [(D_w - D_l) - alpha (K_l - sg K_w)])``, as ``tdpo1`` otherwise. Zeng et al. 2024, their code.
 
-    A sequence that is chosen in any tuple gets no gradient through its K; its log-probs do.
+    A sequence that is chosen in any tuple gets no gradient through its K; its log-probs do. ``fastpo train`` makes two
+    of one that is rejected in another.
     """
     return Objective("tdpo2", (Term(scale=beta),), beta=beta, requires=("segments.kl",), couple=TokenKl(alpha, True))
 
