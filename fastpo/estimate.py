@@ -1,10 +1,11 @@
 """What a run will cost, from its config and the model's sizes: ``fastpo train ... --dry_run``. No weights are loaded.
 
 Upper bounds: every response is counted at max_new_tokens, every prompt with as many pairs as its rule can make, and a
-token that several responses share (the prompt, a common beginning) in each of them.
+token that several responses share (the prompt, a common beginning) in each of them. A tree of a search has all nodes
+that its settings allow, each a step of search_step_tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from fastpo.config import Config
 from fastpo.integrations.head import unwrapped
 from fastpo.kernels.linear_token_logprobs import plan
 from fastpo.objectives import Objective
+from fastpo.references import needs_kl
+from fastpo.search.engine import most_nodes
+from fastpo.search.settings import method_of
 from fastpo.tiny import llama_config
 from fastpo.training import TrainConfig
 
@@ -87,6 +91,8 @@ def _skeleton(config: Config) -> PreTrainedModel:
 
 def pairs_at_most(config: Config, prompts: int) -> int:
     """Tuples that the pair rule can make of so many prompts."""
+    if config.search != "none":
+        return prompts * config.pairs_per_prompt
     per_prompt = {"unpaired": 2 * config.pairs_per_prompt, "tiers": 1 + config.judge_pairs}
     per_prompt |= dict.fromkeys(_ONCE, 1)
     return prompts * per_prompt.get(config.pair_rule, config.pairs_per_prompt)
@@ -94,7 +100,7 @@ def pairs_at_most(config: Config, prompts: int) -> int:
 
 def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prompt_tokens: float) -> list[Cost]:
     """The stages of an iteration over ``prompts`` of ``prompt_tokens`` each (a mean)."""
-    responses = prompts * config.num_samples
+    responses, required = prompts * config.num_samples, objective.requires
     whole = prompt_tokens + config.max_new_tokens
     found = []
 
@@ -108,7 +114,11 @@ def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prom
     if config.temperature_scan:
         tried = min(prompts, config.scan_prompts) * len(config.temperature_scan)
         sample("scan", tried, config.num_samples, prompt_tokens, config.max_new_tokens)
-    sample("samples", prompts, config.num_samples, prompt_tokens, config.max_new_tokens)
+    if config.search == "none":
+        sample("samples", prompts, config.num_samples, prompt_tokens, config.max_new_tokens)
+    else:
+        for stage, sequences, tokens, rows in _search_costs(config, prompts, prompt_tokens):
+            add(stage, sequences, tokens, rows)
     if config.score_by == "implicit":
         add("implicit rewards, two or three models", 3 * responses, 3 * responses * whole, 3 * responses * whole)
     if config.score_by in ("judge", "duels") or config.pair_rule == "judgements":
@@ -120,14 +130,50 @@ def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prom
         else:
             add("grades", asked, asked * length, asked)
     tuples = pairs_at_most(config, prompts)
-    members = config.pairs_per_prompt if config.pair_rule == "list" else _MEMBERS.get(config.pair_rule, 2)
+    members = _members(config)
     if objective.needs_reference:
-        distinct = min(tuples * members, responses + prompts)
-        add("reference", distinct, distinct * whole, distinct * config.max_new_tokens)
+        distinct = tuples * members
+        if config.search == "none" and config.pair_rule != "unpaired":  # whose mismatched tuples are more responses
+            distinct = min(distinct, responses + prompts)
+        passes = 1 + sum(2 * (name == "segments.token_coefs") + (name == "segments.weights") for name in required)
+        passes += bool(config.reference_mix)
+        add("reference", distinct, distinct * whole, distinct * config.max_new_tokens, passes, passes)
     trained = tuples * members * config.num_epochs
     rows = trained * config.max_new_tokens
-    add("training", trained, trained * whole, rows, passes=4 if config.gradient_checkpointing else 3, gemms=3)
+    kl, twice = (
+        needs_kl(objective),
+        objective.couples_scores,
+    )  # a forward of the reference; of the batch, ahead
+    passes = 3 + config.gradient_checkpointing + kl + twice
+    add("training", trained, trained * whole, rows, passes, gemms=3 + 6 * kl + twice)
     return found
+
+
+def _members(config: Config) -> int:
+    """Sequences of a tuple."""
+    if config.search != "none":
+        return 2
+    return config.pairs_per_prompt if config.pair_rule == "list" else _MEMBERS.get(config.pair_rule, 2)
+
+
+def _search_costs(config: Config, prompts: int, prompt_tokens: float) -> Iterator[tuple[str, float, float, float]]:
+    """(stage, sequences, tokens through the body, rows through the head) of searched trees."""
+    method = method_of(config)
+    nodes = prompts * most_nodes(method)
+    longest = config.search_step_tokens if method.unit == "step" else config.max_new_tokens
+    asked = config.max_new_tokens if method.unit == "answer" and config.search_refine else 0  # the answer to improve
+    yield (
+        f"search, {nodes // prompts} nodes a tree",
+        nodes,
+        prompts * prompt_tokens + nodes * (asked + longest),
+        (nodes * longest),
+    )
+    completions = nodes * ((method.value == "rollout") * config.search_rollouts + bool(method.backup.rollout_mix))
+    if completions and method.unit == "step":
+        tokens = completions * config.max_new_tokens
+        yield "rollouts", completions, tokens, tokens
+    if method.value == "self":
+        yield "self-evaluations", nodes, nodes * JUDGE_TOKENS, nodes
 
 
 def _judge_prompts(config: Config, prompts: int) -> int:

@@ -130,11 +130,6 @@ class PreferenceTask(ItemTask):
         numbers: dict[tuple[int, ...], int] = {}
         self.prompts = [numbers.setdefault(tuple(p.prompt_ids), len(numbers)) for p in pairs]
 
-    @property
-    def couples_scores(self) -> bool:
-        """Whether the loss of a pair depends on the scores of others in its batch."""
-        return self.objective.couple is not None and self.objective.couple.uses_scores
-
     def normalizer(self, batch: Sequence[int]) -> float:
         return len(batch)
 
@@ -142,7 +137,7 @@ class PreferenceTask(ItemTask):
         self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
     ) -> list[list[Any]]:
         rounds = super().rounds(scorer, batch, budget, processes, device)
-        if not self.couples_scores or sum(map(len, rounds)) == 1:
+        if not self.objective.couples_scores or sum(map(len, rounds)) == 1:
             return rounds
         return self._scored_rounds(scorer, batch, budget, processes, device)
 

@@ -49,7 +49,7 @@ class TreePreferenceTask(PreferenceTask):
         self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
     ) -> list[list[Row]]:
         pairs = [self.pairs[i] for i in batch]
-        rows = plan(pairs, budget, apart=self.couples_scores)
+        rows = plan(pairs, budget, apart=self.objective.couples_scores)
         here = {id(pair) for row in rows for pair in row.pairs}
         apart = [pair for pair in pairs if id(pair) not in here]
         if apart:

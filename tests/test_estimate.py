@@ -1,5 +1,7 @@
 """The costs that --dry_run prints, against counts done by hand and the models' own parameters; no weights are read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,6 +55,36 @@ def test_judges_and_scans_are_counted(settings, stage, sequences):
     config = Config(num_samples=4, pair_rule="max_min", objective="dpo", **settings)
     found = {c.stage: c for c in costs(config, build_objective(config), SIZES, 10, 5.0)}
     assert found[stage].sequences == sequences and found[stage].flops > 0
+
+
+def test_searches_by_hand():
+    """10 prompts of 5 tokens; 16 expansions of 3 children, steps of 4 tokens; each node is completed twice and once."""
+    settings = {"search_width": 3, "search_simulations": 16, "search_step_tokens": 4, "search_rollouts": 2}
+    config = Config(search="rest_mcts", objective="sft", alpha=None, beta=None, max_new_tokens=30, **settings)
+    found = {c.stage: c for c in costs(config, build_objective(config), SIZES, 10, 5.0)}
+    assert list(found) == ["search, 48 nodes a tree", "rollouts", "training"]
+    search, rollouts, _ = found.values()
+    assert (search.sequences, search.tokens) == (480, 10 * 5 + 480 * 4), "a prompt goes through once"
+    assert (rollouts.sequences, rollouts.tokens) == (480 * 3, 480 * 3 * 30)
+    beam = replace(config, search="beam_q", search_leaves=2, search_depth=5, search_value="self")
+    stages = [c.stage for c in costs(beam, build_objective(beam), SIZES, 10, 5.0)]
+    assert stages == ["search, 30 nodes a tree", "self-evaluations", "training"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "extra", "training"),
+    [("dpo", 0, 0), ("t_reg", 2, 1), ("sparse_po", 1, 1), ("tdpo2", 0, 1), ("bco", 0, 1)],
+)
+def test_forwards_that_objectives_ask_for(objective, extra, training):
+    """Beside one of the reference and three passes of training: T-REG's contrast and its two phases, masks, the KL."""
+
+    def tokens_and_body(name):
+        config = Config(objective=name, alpha=None)
+        sizes = replace(SIZES, vocab=0)
+        found = {c.stage: c for c in costs(config, build_objective(config), sizes, 10, 5.0)}
+        return [found[stage].flops / found[stage].tokens / (2 * sizes.body) for stage in ("reference", "training")]
+
+    assert tokens_and_body(objective) == pytest.approx([1 + extra, 3 + training])
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -135,8 +135,12 @@ class Objective:
     @property
     def path(self) -> str:
         """One of PATHS: "fused" reads the log-probs once; "two-phase" reads them once more, to couple their scores."""
-        coupled = self.list_loss is not None or (self.couple is not None and self.couple.uses_scores)
-        return "two-phase" if coupled else "fused"
+        return "two-phase" if self.list_loss is not None or self.couples_scores else "fused"
+
+    @property
+    def couples_scores(self) -> bool:
+        """Whether what a tuple costs may depend on the scores of others in its batch."""
+        return self.couple is not None and self.couple.uses_scores
 
     @property
     def nll_coefs(self) -> tuple[float, ...]:

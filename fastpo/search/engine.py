@@ -358,11 +358,17 @@ class Search:
         return [row[: len(steps)] for row, steps in zip(values.tolist(), self.steps, strict=True)]
 
 
-def default_capacity(method: Method) -> int:
-    """Room for all that the settings allow, up to 4,096 nodes; adaptive widths may need more."""
+def most_nodes(method: Method) -> int:
+    """Nodes that a tree can get below its root (rebase: but for its rounding)."""
     if method.plan == "select":
-        return min(4096, 1 + method.simulations * (1 if method.refine else method.width))
-    return min(4096, 1 + method.depth * (method.width * method.leaves if method.plan == "beam" else method.width))
+        width = max(method.width, MOST_CHILDREN) if method.adaptive else method.width
+        return method.simulations * (1 if method.refine else width)
+    return method.depth * (method.width * method.leaves if method.plan == "beam" else method.width)
+
+
+def default_capacity(method: Method) -> int:
+    """Room for all that the settings allow, up to 4,096 nodes."""
+    return min(4096, 1 + most_nodes(method))
 
 
 def _prior(step: Step, power: float) -> float:
