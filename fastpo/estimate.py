@@ -140,10 +140,7 @@ def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prom
         add("reference", distinct, distinct * whole, distinct * config.max_new_tokens, passes, passes)
     trained = tuples * members * config.num_epochs
     rows = trained * config.max_new_tokens
-    kl, twice = (
-        needs_kl(objective),
-        objective.couples_scores,
-    )  # a forward of the reference; of the batch, ahead
+    kl, twice = needs_kl(objective), objective.couples_scores  # a forward: of the reference, of the whole batch
     passes = 3 + config.gradient_checkpointing + kl + twice
     add("training", trained, trained * whole, rows, passes, gemms=3 + 6 * kl + twice)
     return found

@@ -181,10 +181,10 @@ class PreferenceTask(ItemTask):
         responses = responses_of(pairs)  # each distinct one goes through the model once
         packed = collate(list(responses.values())).to(device)
         ref_logps, given_segments, table = self.arguments(pairs, list(responses), packed.cu_seqlens)
-        objective, known = self.summed(batch), self._reference_states(packed)
+        objective = self.summed(batch)
 
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            segments = given_segments
+            segments, known = given_segments, self._reference_states(packed)  # here: under the policy's autocast
             if known is not None:
                 kl = head.token_kl(hidden, *known)  # [R]
                 segments = replace(segments, kl=kl, kl_weights=segments.weights)

@@ -5,6 +5,7 @@ stand in several pairs; and worked solutions in the manner of GSM8K, edited copi
 (trees are cut, the members of pairs stand in different rows) to everything in one row.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from fastpo import objectives
 from fastpo.errors import FastpoError
 from fastpo.models import response_logps
 from fastpo.pairs import PairRecord
+from fastpo.references import Reference
 from fastpo.sharing import tree_response_logps
 from fastpo.tasks import PreferenceTask
 from fastpo.training import TrainConfig, _accumulate_gradients, train_preference
@@ -216,20 +218,24 @@ def first_of_each(order: list[int]) -> list[tuple[int, int]]:
     return [(order.index(p), p) for p in dict.fromkeys(order)]
 
 
-def test_under_mixed_precision_the_reference_is_the_policy_at_the_start(tmp_path):
+@pytest.mark.parametrize("name", ["irpo", "tdpo2"])
+def test_under_mixed_precision_the_reference_is_the_policy_at_the_start(name, tmp_path):
+    """Log-ratios of 0, and a KL of 0: the reference's whole distribution is rounded as the policy's."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         responses = {key: (prompt, ids) for p in pairs() for key, prompt, ids in p.present}
-        logps, bounds = tree_response_logps(build(), list(responses.values()), accelerator=accelerator)
+        logps_of = tree_response_logps if name == "irpo" else response_logps
+        logps, bounds = logps_of(build(), list(responses.values()), accelerator=accelerator)
         ref_logps = dict(zip(responses, logps.split(bounds.diff().tolist()), strict=True))
+        records = [replace(pair, weight=1.0) for pair in pairs()]
         (record, *_) = train_preference(
             build(),
-            pairs(),
-            ref_logps,
-            objective=objectives.irpo(),
+            records,
+            Reference(ref_logps, model=build()),
+            objective=objectives.by_name(name),
             config=train_settings(),
             output_dir=tmp_path,
             accelerator=accelerator,
@@ -238,6 +244,8 @@ def test_under_mixed_precision_the_reference_is_the_policy_at_the_start(tmp_path
     finally:
         AcceleratorState._reset_state()
     assert abs(record["rewards_chosen"]) < 1e-3 and abs(record["rewards_rejected"]) < 1e-3
+    if name == "tdpo2":
+        assert record["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_model_that_cannot_share_is_refused_with_the_way_out(tmp_path):
