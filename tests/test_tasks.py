@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from tiny_models import build, random_tokens
 
 from fastpo import objectives, stages
@@ -223,6 +224,14 @@ def test_tdpo2_detaches_the_chosen_in_their_place_alone():
     both = gradients(PreferenceTask, records, objectives.tdpo2(), everything)
     apart = [gradients(PreferenceTask, [one], objectives.tdpo2(), everything) for one in records]
     assert (both - sum(apart)).norm() <= 1e-5 * both.norm()
+
+
+def test_the_kl_refuses_a_head_with_lora():
+    records = [record(0, 1)]
+    model = get_peft_model(build(seed=1), LoraConfig(target_modules=["lm_head"], r=2))
+    task = PreferenceTask(records, reference_of(records, model=REFERENCE), objectives.tdpo2())
+    with pytest.raises(FastpoError, match="lm_head has LoRA or is sharded; the KL needs a whole, plain head"):
+        task.loss(task.scorer(model), [0], [0], torch.device("cpu"))
 
 
 def gradients(task_type, records, objective, reference):
