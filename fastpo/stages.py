@@ -31,6 +31,7 @@ Progress = Callable[[int], None]
 # What the loop can give an objective beyond log-probs, by the pair rule's column that it is made from.
 SUPPLIED = {"weight": "pairs.weights", "soft_label": "pairs.soft_labels", "margin": "pairs.margins"}
 SUPPLIED |= {"targets": "pairs.targets", "gains": "pairs.relevance"}
+OTHER_MARGINS = {"kto": "kto_batch", "aot": "aot_unpaired"}  # what they take off is no gap of scores -> what to take
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -59,6 +60,11 @@ def build_objective(config: Config) -> Objective:
         source = "preferences files" if config.preferences else f"pair_rule {config.pair_rule}"
         source = source if config.search == "none" else f"search {config.search}"
         raise FastpoError(f"objective {config.objective} needs {', '.join(missing)}, which {source} does not give")
+    if objective.name in OTHER_MARGINS:
+        raise FastpoError(
+            f"objective {config.objective} needs margins of the reference, rules give those of scores; "
+            f"{OTHER_MARGINS[objective.name]} makes its own"
+        )
     if config.preferences and objective.num_members > 2:
         raise FastpoError(
             f"objective {config.objective} compares {objective.num_members} responses, preferences files hold two"

@@ -276,5 +276,11 @@ def test_given_preferences_have_no_third_response():
             stages.build_objective(config)
 
 
+def test_gaps_of_scores_do_not_stand_in_for_margins_of_the_reference():
+    for objective, instead in (("kto", "kto_batch"), ("aot", "aot_unpaired")):
+        with pytest.raises(FastpoError, match=f"objective {objective} needs margins of the reference.*{instead} makes"):
+            stages.build_objective(Config(objective=objective, pair_rule="max_min", alpha=None))
+
+
 def test_scorer_is_the_plain_one_without_trees():
     assert type(PreferenceTask([record(0, 1)], None, objectives.simpo()).scorer(POLICY)) is ResponseScorer
