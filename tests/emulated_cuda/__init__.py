@@ -5,6 +5,7 @@
 emulator in cuda_runtime.h, and loads it. The library is kept in build/, under a hash of everything that went in.
 """
 
+import fcntl
 import hashlib
 import re
 import shutil
@@ -74,11 +75,13 @@ def build(stem: str) -> Path:
     emulator = "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
     key = hashlib.sha256("".join([torch.__version__, *command, *files.values(), emulator]).encode()).hexdigest()[:16]
     folder = ROOT / "build" / "emulated_cuda" / key
-    if not (folder / f"{stem}.so").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text)
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the emulated {stem}.cu does not compile:\n{done.stderr[:4000]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes: one compiles, the others wait
+        if not (folder / f"{stem}.so").exists():
+            for name, text in files.items():
+                (folder / name).write_text(text)
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the emulated {stem}.cu does not compile:\n{done.stderr[:4000]}")
     return folder / f"{stem}.so"
