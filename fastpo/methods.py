@@ -230,7 +230,7 @@ OTHER: tuple[Rule, ...] = (
 # Name of a row above -> recipes/<recipe>.yaml.
 RECIPES: dict[str, tuple[str, ...]] = {
     "IRPO": ("irpo",),
-    "ScPO": ("scpo",),
+    "ScPO": ("scpo", "scpo_embedded"),
     "Self-Rewarding": ("self_rewarding",),
     "Meta-Rewarding": ("meta_rewarding",),
     "TPO (thought)": ("tpo",),

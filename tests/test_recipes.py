@@ -26,11 +26,14 @@ TINY = {
     "win_threshold": 1.0,
     "judge_samples": 4,
     "judge_pairs": 2,
+    "vote_threshold": 0.01,
     "batch_size": 4,
     "eval_prompts": 4,
     "eval_pairs": 4,
 }
-ONLY_WHERE_SET = ("judge_pairs",)
+ONLY_WHERE_SET = ("judge_pairs", "vote_threshold")
+# Few responses of such a model have an answer, and votes need two different ones.
+MORE = {"scpo_embedded": {"num_samples": 96, "max_new_tokens": 24}}
 
 
 # What a recipe promises: a check of its pairs and its metrics of iteration 2.
@@ -72,6 +75,7 @@ def start(tmp_path_factory):
 def settings(name, start, output_dir):
     recipe = read_recipe(name)
     tiny = {key: value for key, value in TINY.items() if key not in ONLY_WHERE_SET or key in recipe}
+    tiny |= MORE.get(name, {})
     tiny |= {"model": start / "run/warm_start/model", "reward": f"{start}/reward.py:parity", "output_dir": output_dir}
     return [str(part) for key, value in tiny.items() for part in (f"--{key}", value)]
 
