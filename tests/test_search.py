@@ -8,7 +8,7 @@ import torch
 
 from fastpo.errors import FastpoError, RunError
 from fastpo.kernels.tree_search import BackupRule
-from fastpo.search import METHODS, Method, Search, Step, load_search, method_by_name, save_search
+from fastpo.search import METHODS, Method, Sampled, Search, Step, load_search, method_by_name, save_search
 from fastpo.search.plans import rebase_widths
 from fastpo.search.progress import Progress
 
@@ -140,6 +140,19 @@ def test_equal_steps_are_merged_and_counted():
     search.wave()
     assert search.counts.duplicates == 9 and search.trees.size.tolist() == [2, 2, 2]
     assert Step((7,), finished=True) != Step((7,))
+
+
+def test_sampled_scores_of_mc_nest():
+    """Scores .9, .1, .5 of a node: (.1 + .5) / 2. An average alone would give .5, the least alone .1."""
+    draws = iter([0.9, 0.1, 0.5] * 50)
+
+    def judge(nodes):
+        score = next(draws)
+        return [score if n.node else 0.0 for n in nodes]
+
+    search = make("mc_nest", prompts=[[1]], evaluate=Sampled(judge, 3), simulations=1).run()
+    values = search.trees.value[0, 1 : len(search.steps[0])]
+    torch.testing.assert_close(values, torch.full_like(values, 0.3))
 
 
 def test_refinement_of_mc_nest():

@@ -11,6 +11,7 @@ from .pairs import SearchPair, process_targets, search_pairs, training_tree, wei
 from .progress import Counts, Progress
 from .sampler import StepSampler
 from .store import load_search, save_search
+from .values import Sampled
 
 __all__ = [
     "METHODS",
@@ -21,6 +22,7 @@ __all__ = [
     "Node",
     "Progress",
     "Propose",
+    "Sampled",
     "Search",
     "SearchPair",
     "Step",

@@ -111,6 +111,22 @@ class SelfEvaluation:
         return node.parent_value if confidence == 0 else confidence / max(node.depth - 3, 1)
 
 
+@dataclass
+class Sampled:
+    """The value of MCTSr and MC-NEST where a score is itself sampled (a judge at a temperature): half way between the
+    least and the mean of ``number`` calls of ``score``, ``(min R + mean R) / 2``.
+
+    The rewards of the loop are deterministic, where this is the reward itself; it is for searches of your own.
+    """
+
+    score: Callable[[Sequence[Node]], Sequence[float]]  # a value of each node, another at each call
+    number: int = 3
+
+    def __call__(self, nodes: Sequence[Node]) -> list[float]:
+        draws = zip(*(self.score(nodes) for _ in range(self.number)), strict=True)
+        return [(min(values) + sum(values) / self.number) / 2 for values in draws]
+
+
 class Likelihood:
     """The summed log-prob of the response so far: the Q of a policy trained by DPO (From r to Q*, Rafailov et al.
     2024)."""

@@ -179,9 +179,13 @@ def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
     }
     if (not backward or torch.cuda.is_available()) and case.name != "small":
         flex = _flex_attention()
-        runs["flex_attention"] = of(
-            lambda x: _by_token(flex(*map(_by_head, x.qkv), block_mask=x.flex_mask, enable_gqa=grouped))
-        )
+
+        def attend(inputs: Inputs) -> Tensor:
+            # on a CPU it refuses inputs that require grad, also where no gradient is recorded
+            qkv = inputs.qkv if backward else [x.detach() for x in inputs.qkv]
+            return _by_token(flex(*map(_by_head, qkv), block_mask=inputs.flex_mask, enable_gqa=grouped))
+
+        runs["flex_attention"] = of(attend)
     return runs
 
 

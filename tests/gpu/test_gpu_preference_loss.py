@@ -16,7 +16,7 @@ from fastpo.types import Pairs, Segments
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: make gpu-check runs this on one"),
 ]
 
 EVERYTHING = tuple(f"segments.{name}" for name in TOKEN_FIELDS) + tuple(f"pairs.{name}" for name in COLUMNS)

@@ -13,7 +13,7 @@ from fastpo.kernels.token_logprobs.op import OP
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: make gpu-check runs this on one"),
 ]
 
 SHAPES = {

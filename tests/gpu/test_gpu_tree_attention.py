@@ -13,7 +13,7 @@ from fastpo.kernels.tree_attention.op import OP
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: make gpu-check runs this on one"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORESTS = {

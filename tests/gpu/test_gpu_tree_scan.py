@@ -10,7 +10,7 @@ from fastpo.trees import join
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: make gpu-check runs this on one"),
 ]
 FUNCTIONS = ((path_sum, reference.path_sum), (subtree_sum, reference.subtree_sum))
 

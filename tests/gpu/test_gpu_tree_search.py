@@ -20,7 +20,7 @@ from fastpo.search import Search, StepSampler, method_by_name
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: make gpu-check runs this on one"),
     pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing())),
 ]
 TREES, NODES, WIDTH = 300, 120, 3
