@@ -42,3 +42,9 @@ def test_recipes_are_files_of_known_methods():
 def test_names_are_unique():
     names = [row.name for row in (*METHODS, *OTHER)]
     assert len(set(names)) == len(names)
+
+
+def test_readme_counts_presets_and_recipes():
+    text = (ROOT / "README.md").read_text()
+    assert f" {len(objectives.PRESETS)} presets " in text
+    assert f"The {len(list((ROOT / 'recipes').glob('*.yaml')))} recipes are" in text
