@@ -1,5 +1,3 @@
-import sys
+from fastpo.cli import entry
 
-from fastpo.cli import main
-
-sys.exit(main())
+entry()

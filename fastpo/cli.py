@@ -199,6 +199,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def entry() -> NoReturn:
+    """The process of the command line. One of several leaves at once: gloo's threads may abort an orderly exit."""
+    code = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
+    if code == 0:
+        distributed.barrier()  # no process leaves while another still talks to it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _fail(error: Exception, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""For every test: uninitialised memory is NaN, torch runs its deterministic algorithms, no hub is asked."""
+"""For every test: one seed, uninitialised memory is NaN, torch runs its deterministic algorithms, no hub is asked."""
 
 import os
 
@@ -22,6 +22,12 @@ def pytest_configure(config):
     """A slower backend taken for want of a faster one is an error. Not in pyproject.toml: pytest imports what a filter
     names before this file, and with fastpo comes triton, whose mode is decided at its import."""
     config.addinivalue_line("filterwarnings", "error::fastpo.dispatch.SlowBackendWarning")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in whatever order and process the tests run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -118,8 +118,9 @@ def test_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join([str(folder.parent), str(folder)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    script = str(folder / "tree_two_processes.py")
-    subprocess.run([*command, script, str(tmp_path)], env=environment, check=True, timeout=240)
+    command += [str(folder / "tree_two_processes.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
 
     model = build()

@@ -225,9 +225,9 @@ def test_two_processes_train_what_one_does(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(folder.parent), str(folder)]),
         "OMP_NUM_THREADS": "1",
     }
-    subprocess.run(
-        [*command, str(folder / "two_processes.py"), str(tmp_path)], env=environment, check=True, timeout=240
-    )
+    command += [str(folder / "two_processes.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
     arguments = {"objective": objectives.irpo(), "accelerator": Accelerator(cpu=True), "log": lambda record: None}
     for sharing, names in ((True, ("ddp", "cut", "fsdp2", "fsdp2_resumed")), (False, ("unshared", "fsdp2unshared"))):

@@ -7,6 +7,7 @@ with trees that are cut as well, FSDP2 resumed as well, both without trees as we
 and log-probs that the two processes have shared out in DIR/logps.pt.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -71,4 +72,5 @@ assert isinstance(sharded.model.layers[0], FSDPModule)
 assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
 train("fsdp2_resumed", accelerator)  # from the checkpoint that the run before has left
 train("fsdp2unshared", fsdp2_accelerator(), sharing=False)
-torch.distributed.destroy_process_group()
+accelerator.wait_for_everyone()
+os._exit(0)  # gloo's threads and FSDP2's may abort at an orderly exit
