@@ -7,10 +7,11 @@
 #include <math.h>
 
 #if defined(__CUDACC__)
-#define FASTPO_LINK template <class T> __host__ __device__ inline
+#define FASTPO_HOST_DEVICE __host__ __device__
 #else
-#define FASTPO_LINK template <class T> inline
+#define FASTPO_HOST_DEVICE
 #endif
+#define FASTPO_LINK template <class T> FASTPO_HOST_DEVICE inline
 
 namespace fastpo {
 
@@ -37,8 +38,9 @@ FASTPO_LINK Logistic<T> logistic(T x) {
   return x >= 0 ? Logistic<T>{large, small, tail, tail + x} : Logistic<T>{small, large, tail - x, tail};
 }
 
-FASTPO_LINK CurveOf<T> soft_logistic_link(T z, T q) {
-  const Logistic<T> at = logistic(z);
+FASTPO_HOST_DEVICE inline bool takes_logistic(int code) { return code == 0 || (code >= 3 && code <= 5); }
+
+FASTPO_LINK CurveOf<T> soft_logistic_link(T z, T q, const Logistic<T>& at) {
   return {at.cost_up + (1 - q) * z, (1 - q) - at.down};
 }
 
@@ -51,37 +53,38 @@ FASTPO_LINK CurveOf<T> hinge_link(T z) {
   return z >= 1 ? CurveOf<T>{0, 0} : CurveOf<T>{1 - z, -1};
 }
 
-FASTPO_LINK CurveOf<T> sigmoid_link(T z) {
-  const Logistic<T> at = logistic(z);
-  return {at.down, -at.up * at.down};
-}
+FASTPO_LINK CurveOf<T> sigmoid_link(const Logistic<T>& at) { return {at.down, -at.up * at.down}; }
 
-FASTPO_LINK CurveOf<T> exo_link(T z, T epsilon) {
-  const Logistic<T> at = logistic(z);
+FASTPO_LINK CurveOf<T> exo_link(T z, T epsilon, const Logistic<T>& at) {
   const T log_p = log1p(-epsilon), log_rest = log(epsilon);
   const T value = -at.up * (at.cost_up + log_p) - at.down * (at.cost_down + log_rest);
   return {value, at.up * at.down * (z - log_p + log_rest)};
 }
 
 // (1-g) softplus(-z) + g e^-z with g = s(z / tau). g e^-z is one exponential: for z << 0 the factors are 0 and inf.
-FASTPO_LINK CurveOf<T> discopop_link(T z, T tau) {
-  const Logistic<T> at = logistic(z), blend = logistic(z / tau);
+FASTPO_LINK CurveOf<T> discopop_link(T z, T tau, const Logistic<T>& at) {
+  const Logistic<T> blend = logistic(z / tau);
   const T tail = exp(-z - blend.cost_up);
   const T value = at.cost_up * blend.down + tail;
   const T moved = at.cost_up * blend.up * blend.down / tau;
   return {value, tail * (blend.down / tau - 1) - at.down * blend.down - moved};
 }
 
-FASTPO_LINK CurveOf<T> link_at(int code, T z, T param) {
+// at: the logistic of z, where takes_logistic(code).
+FASTPO_LINK CurveOf<T> link_at(int code, T z, T param, const Logistic<T>& at) {
   switch (code) {
-    case 0: return soft_logistic_link(z, param);
+    case 0: return soft_logistic_link(z, param, at);
     case 1: return squared_link(z, param);
     case 2: return hinge_link(z);
-    case 3: return sigmoid_link(z);
-    case 4: return exo_link(z, param);
-    case 5: return discopop_link(z, param);
+    case 3: return sigmoid_link(at);
+    case 4: return exo_link(z, param, at);
+    case 5: return discopop_link(z, param, at);
     default: return {z, 1};
   }
+}
+
+FASTPO_LINK CurveOf<T> link_at(int code, T z, T param) {
+  return link_at(code, z, param, takes_logistic(code) ? logistic(z) : Logistic<T>{});
 }
 
 // log(1 - e^l) for l < 0, in the form without cancellation on either side of -ln 2.

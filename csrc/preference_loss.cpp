@@ -26,7 +26,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kPhiTokens = 512;  // of which phi is computed at a time
-constexpr int64_t kTaskTuples = 512;
 constexpr int64_t kTupleWork = 16;  // what a member of a tuple costs, in tokens
 
 PreferenceKernels kernels() {
@@ -192,18 +191,17 @@ double sum_tuples(const Tuples& tuples, const Sequences& sequences, float beta, 
   const double batch = batch_tokens(tuples, sequences.lengths);
   const int64_t elements = tuples.count * tuples.members;
   std::vector<double> score_grads(elements), nll_grads(tuples.nll.empty() ? 0 : elements);
-  const auto loss_of = tuples.members == 2 ? tuple_loss<2> : tuple_loss<0>;
-  for_each_task((tuples.count + kTaskTuples - 1) / kTaskTuples, elements * kTupleWork, [&](int64_t task) {
-    for (int64_t p = task * kTaskTuples; p < std::min(tuples.count, (task + 1) * kTaskTuples); ++p) {
-      const int64_t first = p * tuples.members;
-      double* own_nll_grads = nll_grads.empty() ? nullptr : &nll_grads[first];
-      out.losses[p] = loss_of(tuples, sequences, p, batch, &score_grads[first], own_nll_grads);
-      for (int64_t at = first; at < first + tuples.members; ++at) {
-        const int64_t i = tuples.index[at];
-        const int64_t n = i < 0 ? 0 : sequences.lengths[i];
-        out.rewards[at] = i < 0 ? 0.f : beta * out.scores[i];
-        out.nll[at] = n == 0 ? 0.f : -sequences.nll[i] / static_cast<float>(n);
-      }
+  const auto losses_of = tuples.members == 2 ? tuple_losses<2> : tuple_losses<0>;
+  const LogisticKernel logistic = kernels().logistic;
+  for_each_task((tuples.count + kTupleBlock - 1) / kTupleBlock, elements * kTupleWork, [&](int64_t task) {
+    const int64_t p = task * kTupleBlock, n = std::min(kTupleBlock, tuples.count - p), first = p * tuples.members;
+    double* own_nll_grads = nll_grads.empty() ? nullptr : &nll_grads[first];
+    losses_of(tuples, sequences, p, n, batch, logistic, out.losses + p, &score_grads[first], own_nll_grads);
+    for (int64_t at = first; at < first + n * tuples.members; ++at) {
+      const int64_t i = tuples.index[at];
+      const int64_t length = i < 0 ? 0 : sequences.lengths[i];
+      out.rewards[at] = i < 0 ? 0.f : beta * out.scores[i];
+      out.nll[at] = length == 0 ? 0.f : -sequences.nll[i] / static_cast<float>(length);
     }
   });
   sum_over_tuples(tuples, score_grads.data(), sequences.count, out.score_grads);
@@ -336,6 +334,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_backw
   return {results[0], results[1], results[2], results[3], results[4], results[5]};
 }
 
+// The vectors' logistic, for the test of its errors.
+void logistic_op(const Tensor x, const Tensor out) {
+  const int64_t n = x.numel();
+  double* parts = output<double>(out);
+  kernels().logistic(static_cast<const double*>(x.const_data_ptr()), n, parts, parts + n, parts + 2 * n, parts + 3 * n);
+}
+
 }  // namespace
 }  // namespace fastpo
 
@@ -343,4 +348,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastpo_c, CPU, m) {
   m.impl("preference_loss_forward", TORCH_BOX(&fastpo::preference_loss_forward));
   m.impl("sequence_scores_forward", TORCH_BOX(&fastpo::sequence_scores_forward));
   m.impl("preference_loss_backward", TORCH_BOX(&fastpo::preference_loss_backward));
+  m.impl("logistic", TORCH_BOX(&fastpo::logistic_op));
 }

@@ -36,18 +36,24 @@ struct Product {
   const float* factor;
 };
 
+// s(x), s(-x), -log s(x) and -log s(-x) of n doubles, each within 3 ulp; below e^-708 = 3.3e-308 it is that.
+using LogisticKernel = void (*)(const double* x, int64_t n, double* up, double* down, double* cost_up,
+                                double* cost_down);
+
 // What the vector kernels do for n tokens of one sequence; 0 is written where the mask is false.
 //   add         adds tokens [first, first + n) to the sums
 //   fill        out = value
 //   combine     out = sum of the products
 //   difference  out = coef (a - b_coef b), b may be null; 0 where a is
 //   multiply    out = a b
+//   logistic    of n doubles, not tokens
 struct PreferenceKernels {
   void (*add)(const TokenSlice& tokens, int64_t first, int64_t n, float ref_coef, TokenSums& sums);
   void (*fill)(float value, const bool* mask, int64_t n, float* out);
   void (*combine)(const Product (&products)[3], const bool* mask, int64_t n, float* out);
   void (*difference)(float coef, const float* a, const float* b, float b_coef, const bool* mask, int64_t n, float* out);
   void (*multiply)(const float* a, const float* b, int64_t n, float* out);
+  LogisticKernel logistic;
 };
 
 }  // namespace fastpo

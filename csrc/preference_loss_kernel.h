@@ -3,6 +3,8 @@
 
 #define FASTPO_MEMBER __attribute__((always_inline))
 
+#include "preference_loss_logistic.h"
+
 namespace fastpo::FASTPO_ISA {
 
 // Which of W tokens count.
@@ -30,30 +32,6 @@ FASTPO_INLINE int count(Chosen c) { return -(c[0] + c[1] + c[2] + c[3]); }
 #endif
 
 // W sums in fp64, as two vectors.
-#if FASTPO_SIMD_BITS == 512
-using Vd = __m512d;
-FASTPO_INLINE Vd low(Vf x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
-FASTPO_INLINE Vd high(Vf x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
-FASTPO_INLINE double reduce_add(Vd x) {
-  const __m256d y = _mm512_castpd512_pd256(x) + _mm512_extractf64x4_pd(x, 1);
-  const __m128d z = _mm256_castpd256_pd128(y) + _mm256_extractf128_pd(y, 1);
-  return z[0] + z[1];
-}
-#elif FASTPO_SIMD_BITS == 256
-using Vd = __m256d;
-FASTPO_INLINE Vd low(Vf x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
-FASTPO_INLINE Vd high(Vf x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
-FASTPO_INLINE double reduce_add(Vd x) {
-  const __m128d z = _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1);
-  return z[0] + z[1];
-}
-#else
-typedef double Vd __attribute__((vector_size(16)));
-FASTPO_INLINE Vd low(Vf x) { return Vd{x[0], x[1]}; }
-FASTPO_INLINE Vd high(Vf x) { return Vd{x[2], x[3]}; }
-FASTPO_INLINE double reduce_add(Vd x) { return x[0] + x[1]; }
-#endif
-
 struct Sum {
   Vd first = {}, second = {};
   FASTPO_MEMBER void add(Vf x) {
@@ -217,7 +195,7 @@ static void multiply_tokens(const float* a, const float* b, int64_t n, float* ou
 }
 
 static PreferenceKernels preference_kernels() {
-  return {add_tokens, fill_tokens, combine_tokens, difference_tokens, multiply_tokens};
+  return {add_tokens, fill_tokens, combine_tokens, difference_tokens, multiply_tokens, logistic_of};
 }
 
 }  // namespace fastpo::FASTPO_ISA

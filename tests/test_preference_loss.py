@@ -1,7 +1,7 @@
 """``preference_loss`` and ``sequence_scores``: the C++ and the torch backend, autograd, compilation, errors.
 
 The vectors of the C++ backend are 4, 8 or 16 floats wide and four of them make a step; it computes phi of 512 tokens at
-a time and has 512 tuples in a task: LENGTHS, sequences of 1300 and 700, and an index of 700 tuples cross each edge.
+a time and the links of 128 tuples: LENGTHS, sequences of 1300 and 700, and an index of 700 tuples cross each edge.
 """
 
 import os

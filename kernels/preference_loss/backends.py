@@ -36,6 +36,9 @@ LIBRARY = torch.library.Library("fastpo_c", "FRAGMENT")
 LIBRARY.define(f"preference_loss_forward{FORWARD}")
 LIBRARY.define(f"sequence_scores_forward{SCORES}")
 LIBRARY.define(f"preference_loss_backward{BACKWARD}")
+# The logistic of csrc/links.h as the C++ backend's vectors compute it, x [n] and out [4, n] float64 with n a multiple
+# of 8, for the test of its errors.
+LIBRARY.define("logistic(Tensor x, Tensor(a!) out) -> ()")
 
 
 class Compiled:
