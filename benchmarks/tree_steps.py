@@ -25,6 +25,7 @@ from fastpo.trees import join, trained_nodes
 
 BETA, ALPHA = 0.1, 1.0
 VOCABULARY = 32000
+TRL_BUDGET = 2048  # tokens of a padded forward, if more than one pair: TRL's step is 20% faster than with 8192
 
 
 def layers_for(vocabulary: int, parameters: int = 50_000_000, hidden: int = 512) -> int:

@@ -37,7 +37,7 @@ from datasets.utils import disable_progress_bars  # noqa: E402
 from measure import machine  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from tree_data import Workload, read_questions, solutions_workload  # noqa: E402
-from tree_steps import BETA, build_model, trl_batches  # noqa: E402
+from tree_steps import BETA, TRL_BUDGET, build_model, trl_batches  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from fastpo import objectives  # noqa: E402
@@ -80,8 +80,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="directory with model_solutions.jsonl")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=int, default=8192, help="most tokens of a forward, padding included")
+    parser.add_argument("--trl-budget", type=int, default=TRL_BUDGET, help="the same of TRL, which is fastest so")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", default=["A", "B"], choices=["A", "B"])
+    parser.add_argument("--gemm", nargs="+", default=["oneDNN", "default"], choices=["oneDNN", "default"])
+    parser.add_argument("--no-unshared", action="store_true", help="fastpo's shared run and TRL's alone")
     parser.add_argument("--no-peer", action="store_true", help="fastpo's shared and unshared runs alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="small model, rows to no file")
@@ -99,7 +102,7 @@ def main() -> None:
     }
     for name in arguments.workloads:
         workload = made[name]()
-        for gemm in ("oneDNN", "default") if name == "A" else ("oneDNN",):
+        for gemm in (gemm for gemm in arguments.gemm if name == "A" or gemm == "oneDNN"):
             with onednn_matmul() if gemm == "oneDNN" else nullcontext():
                 compare(workload, gemm, arguments, {**machine("cpu"), "data": data})
 
@@ -108,7 +111,7 @@ def compare(workload: Workload, gemm: str, arguments: argparse.Namespace, where:
     """Runs one way after the other; the losses of each step must be fastpo's."""
     number = len(workload.all_pairs)
     ways = {"fastpo": partial(run_fastpo, workload, arguments, sharing=True)}
-    if gemm == "oneDNN":
+    if gemm == "oneDNN" and not arguments.no_unshared:
         ways["fastpo, no sharing"] = partial(run_fastpo, workload, arguments, sharing=False)
     if not arguments.no_peer:
         ways["trl"] = partial(run_trl, workload, arguments)
@@ -208,7 +211,7 @@ class _Stopwatch(TrainerCallback):
 
 def run_trl(workload: Workload, arguments: argparse.Namespace) -> Run:
     model, records = build_model(*((2, 128) if arguments.quick else ())), pair_records(workload)
-    size = len(trl_batches(workload, arguments.budget)[0])  # as many as the budget takes, and divide the pairs
+    size = len(trl_batches(workload, arguments.trl_budget)[0])  # as many as the budget takes, and divide the pairs
     size = max(k for k in range(1, size + 1) if len(records) % k == 0)
     texts = ("the tokens are there already",)
     rows = [{f"{name}_ids": getattr(p, f"{name}_ids") for name in ("prompt", "chosen", "rejected")} for p in records]

@@ -111,6 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="directory with model_solutions.jsonl")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=int, default=8192, help="most tokens of a forward, padding included")
+    parser.add_argument("--trl-budget", type=int, default=ways.TRL_BUDGET, help="the same of TRL, which is fastest so")
     parser.add_argument("--seconds", type=float, default=40, help="of repetitions of each workload, beyond the first")
     names = ["A", "B", "C2", "C2-steps", "C5", "C5-steps"]
     parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C2-steps", "C5"], choices=names)
@@ -147,7 +148,7 @@ def measure(
 ) -> list[Row]:
     budget = arguments.budget
     shared, paths = ways.shared_rows(workload, budget), ways.path_rows(workload, budget)
-    batches = ways.trl_batches(workload, budget)
+    batches = ways.trl_batches(workload, arguments.trl_budget)
     distinct = sum(build_tree(*tree).num_nodes for tree in zip(workload.trees, workload.starts, strict=True))
     ours = sum(row.tree.num_nodes for row in shared), sum(ways.predictors(row.tree) for row in shared)
     chains = sum(row.tree.num_nodes for row in paths), sum(ways.predictors(row.tree) for row in paths)
