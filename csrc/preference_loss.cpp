@@ -2,7 +2,9 @@
 // preference_loss_backward, whose arguments kernels/preference_loss/records.py describes. Sequences and threads; tuples
 // are in preference_loss_tuples.h, the vector kernels in preference_loss_kernel.h, the link functions in links.h.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,7 +28,9 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kPhiTokens = 512;  // of which phi is computed at a time
-constexpr int64_t kTupleWork = 16;  // what a member of a tuple costs, in tokens
+constexpr int64_t kTupleWork = 2;  // what a member of a tuple costs, in tokens
+constexpr int64_t kStretch = 64;  // sequences that a thread takes at a time
+constexpr int64_t kThreadTokens = 16384;  // fewer are not worth a thread
 
 PreferenceKernels kernels() {
 #if FASTPO_X86
@@ -108,25 +112,54 @@ struct Phi {
   }
 };
 
-TokenSums sum_sequence(const Tokens& tokens, const PreferenceKernels& run, int64_t i) {
-  TokenSums sums;
-  const int64_t first = tokens.cu_seqlens[i], end = tokens.cu_seqlens[i + 1];
-  if (tokens.phi == 0) run.add(tokens.all, first, end - first, tokens.ref_coef, sums);
-  for (int64_t start = first; tokens.phi != 0 && start < end; start += kPhiTokens) {
-    const int64_t n = std::min(kPhiTokens, end - start);
-    TokenSlice slice = tokens.slice(start);
-    Phi phi;
-    phi.compute(slice.logps, n, tokens.phi);
-    slice.phi = phi.value;
-    run.add(slice, 0, n, tokens.ref_coef, sums);
+// The sums of sequences [first, end), at most kStretch of them.
+void sum_stretch(const Tokens& tokens, const PreferenceKernels& run, int64_t first, int64_t end, TokenSums* sums) {
+  if (tokens.phi == 0) run.add(tokens.all, tokens.cu_seqlens + first, end - first, tokens.ref_coef, sums);
+  for (int64_t i = first; i < end; ++i, ++sums) {
+    const int64_t stop = tokens.cu_seqlens[i + 1];
+    for (int64_t start = tokens.cu_seqlens[i]; tokens.phi != 0 && start < stop; start += kPhiTokens) {
+      const int64_t n = std::min(kPhiTokens, stop - start), all[] = {0, n};
+      TokenSlice slice = tokens.slice(start);
+      Phi phi;
+      phi.compute(slice.logps, n, tokens.phi);
+      slice.phi = phi.value;
+      run.add(slice, all, 1, tokens.ref_coef, sums);
+    }
+    sums->score *= tokens.scale(sums->count);
   }
-  sums.score *= tokens.scale(sums.count);
-  return sums;
 }
 
+// The sequences that a thread begins with.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// f(first, end) for stretches of at most kStretch sequences, until all are done. Each thread begins with its own share
+// of the tokens, the same in every call, for its cache may still hold them; then it helps the others.
 template <class F>
 void for_sequences(const Tokens& tokens, const F& f) {
-  for_each_task(tokens.num_sequences, tokens.num_tokens, f);
+  const int64_t count = tokens.num_sequences, most = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = std::max<int64_t>(1, std::min({most, count, tokens.num_tokens / kThreadTokens}));
+  std::vector<Share> shares(threads);
+  const int64_t* cu = tokens.cu_seqlens;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t until = tokens.num_tokens * (i + 1) / threads;
+    const int64_t end = i + 1 == threads ? count : std::upper_bound(cu + begin, cu + count, until) - cu;
+    shares[i].next = begin;
+    begin = shares[i].end = end;
+  }
+  const auto help = [&](int64_t own) {
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(own + i) % threads];
+      for (int64_t first; (first = share.next.fetch_add(kStretch)) < share.end;) {
+        f(first, std::min(first + kStretch, share.end));
+      }
+    }
+  };
+  if (threads == 1) return help(0);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) { help(first); });
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type = ScalarType::Float) {
@@ -176,10 +209,13 @@ double sum_sequences(const Tokens& tokens, int64_t num_sequences, const F& finis
   }
   const PreferenceKernels run = kernels();
   std::vector<double> linear(tokens.all.token_coefs ? num_sequences : 0);
-  for_sequences(tokens, [&](int64_t i) {
-    const TokenSums sums = sum_sequence(tokens, run, i);
-    finish(i, sums);
-    if (!linear.empty()) linear[i] = sums.linear;
+  for_sequences(tokens, [&](int64_t first, int64_t end) {
+    TokenSums sums[kStretch];
+    sum_stretch(tokens, run, first, end, sums);
+    for (int64_t i = first; i < end; ++i) {
+      finish(i, sums[i - first]);
+      if (!linear.empty()) linear[i] = sums[i - first].linear;
+    }
   });
   double total = 0;
   for (const double x : linear) total += x;
@@ -190,13 +226,14 @@ double sum_sequences(const Tokens& tokens, int64_t num_sequences, const F& finis
 double sum_tuples(const Tuples& tuples, const Sequences& sequences, float beta, const Results& out) {
   const double batch = batch_tokens(tuples, sequences.lengths);
   const int64_t elements = tuples.count * tuples.members;
-  std::vector<double> score_grads(elements), nll_grads(tuples.nll.empty() ? 0 : elements);
+  const auto score_grads = std::make_unique_for_overwrite<double[]>(elements);
+  const auto nll_grads = std::make_unique_for_overwrite<double[]>(tuples.nll.empty() ? 0 : elements);
   const auto losses_of = tuples.members == 2 ? tuple_losses<2> : tuple_losses<0>;
   const LogisticKernel logistic = kernels().logistic;
   for_each_task((tuples.count + kTupleBlock - 1) / kTupleBlock, elements * kTupleWork, [&](int64_t task) {
     const int64_t p = task * kTupleBlock, n = std::min(kTupleBlock, tuples.count - p), first = p * tuples.members;
-    double* own_nll_grads = nll_grads.empty() ? nullptr : &nll_grads[first];
-    losses_of(tuples, sequences, p, n, batch, logistic, out.losses + p, &score_grads[first], own_nll_grads);
+    double *own_scores = score_grads.get() + first, *own_nll = nll_grads.get() + (tuples.nll.empty() ? 0 : first);
+    losses_of(tuples, sequences, p, n, batch, logistic, out.losses + p, own_scores, own_nll);
     for (int64_t at = first; at < first + n * tuples.members; ++at) {
       const int64_t i = tuples.index[at];
       const int64_t length = i < 0 ? 0 : sequences.lengths[i];
@@ -204,11 +241,11 @@ double sum_tuples(const Tuples& tuples, const Sequences& sequences, float beta, 
       out.nll[at] = length == 0 ? 0.f : -sequences.nll[i] / static_cast<float>(length);
     }
   });
-  sum_over_tuples(tuples, score_grads.data(), sequences.count, out.score_grads);
+  sum_over_tuples(tuples, score_grads.get(), sequences.count, out.score_grads);
   if (tuples.nll.empty()) {
     std::fill_n(out.nll_grads, sequences.count, 0.f);
   } else {
-    sum_over_tuples(tuples, nll_grads.data(), sequences.count, out.nll_grads);
+    sum_over_tuples(tuples, nll_grads.get(), sequences.count, out.nll_grads);
   }
   double total = 0;
   for (int64_t p = 0; p < tuples.count; ++p) total += out.losses[p];
@@ -233,19 +270,20 @@ Forward preference_loss_forward(
   STD_TORCH_CHECK(index_in_range(tuples, num_sequences), "pairs.index should lie in [-1, number of sequences)");
 
   Results out(scores ? *scores : *logps, num_sequences, num_tuples, members);
-  std::vector<CurveOf<double>> mapped(num_sequences);
-  std::vector<float> nll_sums(num_sequences);
+  const auto mapped = std::make_unique_for_overwrite<CurveOf<double>[]>(num_sequences);
+  const auto nll_sums = std::make_unique_for_overwrite<float[]>(num_sequences);
   const float* given = data<float>(scores);
   const auto finish = [&](int64_t i, const TokenSums& sums) {
     out.scores[i] = given ? given[i] : static_cast<float>(sums.score);
     out.logps[i] = static_cast<float>(sums.logps);
     out.lengths[i] = sums.count;
     nll_sums[i] = static_cast<float>(sums.nll);
-    const bool empty = !given && sums.count == 0;
-    if (!empty) mapped[i] = score_map_at<double>(static_cast<int>(score_map), out.scores[i], score_map_coef);
+    mapped[i] = {0, 0};
+    if (!given && sums.count == 0) return;
+    mapped[i] = score_map_at<double>(static_cast<int>(score_map), out.scores[i], score_map_coef);
   };
   const double linear = sum_sequences(tokens, num_sequences, finish);
-  const Sequences sequences{num_sequences, mapped.data(), nll_sums.data(), out.lengths};
+  const Sequences sequences{num_sequences, mapped.get(), nll_sums.get(), out.lengths};
   const double total = sum_tuples(tuples, sequences, static_cast<float>(beta), out);
   *out.loss = static_cast<float>((mean && num_tuples > 0 ? total / static_cast<double>(num_tuples) : total) + linear);
   return out.tensors();
@@ -262,10 +300,13 @@ std::tuple<Tensor, Tensor> sequence_scores_forward(
   const PreferenceKernels run = kernels();
   float* scores_out = output(scores);
   int64_t* lengths_out = output<int64_t>(lengths);
-  for_sequences(tokens, [&](int64_t i) {
-    const TokenSums sums = sum_sequence(tokens, run, i);
-    scores_out[i] = static_cast<float>(sums.score);
-    lengths_out[i] = sums.count;
+  for_sequences(tokens, [&](int64_t first, int64_t end) {
+    TokenSums sums[kStretch];
+    sum_stretch(tokens, run, first, end, sums);
+    for (int64_t i = first; i < end; ++i) {
+      scores_out[i] = static_cast<float>(sums[i - first].score);
+      lengths_out[i] = sums[i - first].count;
+    }
   });
   return {scores, lengths};
 }
@@ -318,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_backw
   const PreferenceKernels run = kernels();
   const bool only_logps = needs[kLogps] && std::count(needs.begin(), needs.end(), true) == 1;
   const bool constant = only_logps && tokens.constant_slope();
-  for_sequences(tokens, [&](int64_t i) {
+  const auto write = [&](int64_t i) {
     const float score = of_scores ? static_cast<float>(of_scores[i] * tokens.scale(counts[i])) * upstream : 0.f;
     const float nll = of_nll ? of_nll[i] * upstream : 0.f;
     const int64_t first = tokens.cu_seqlens[i], end = tokens.cu_seqlens[i + 1];
@@ -330,6 +371,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_backw
     for (int64_t start = first; start < end; start += step) {
       write_grads(tokens, run, start, std::min(step, end - start), score, nll, upstream, outputs);
     }
+  };
+  for_sequences(tokens, [&](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) write(i);
   });
   return {results[0], results[1], results[2], results[3], results[4], results[5]};
 }

@@ -40,15 +40,15 @@ struct Product {
 using LogisticKernel = void (*)(const double* x, int64_t n, double* up, double* down, double* cost_up,
                                 double* cost_down);
 
-// What the vector kernels do for n tokens of one sequence; 0 is written where the mask is false.
-//   add         adds tokens [first, first + n) to the sums
+// What the vector kernels do; all but add for n tokens of one sequence. 0 is written where the mask is false.
+//   add         adds tokens [cu_seqlens[i], cu_seqlens[i + 1]) to sums[i], for n sequences
 //   fill        out = value
 //   combine     out = sum of the products
 //   difference  out = coef (a - b_coef b), b may be null; 0 where a is
 //   multiply    out = a b
 //   logistic    of n doubles, not tokens
 struct PreferenceKernels {
-  void (*add)(const TokenSlice& tokens, int64_t first, int64_t n, float ref_coef, TokenSums& sums);
+  void (*add)(const TokenSlice& tokens, const int64_t* cu_seqlens, int64_t n, float ref_coef, TokenSums* sums);
   void (*fill)(float value, const bool* mask, int64_t n, float* out);
   void (*combine)(const Product (&products)[3], const bool* mask, int64_t n, float* out);
   void (*difference)(float coef, const float* a, const float* b, float b_coef, const bool* mask, int64_t n, float* out);

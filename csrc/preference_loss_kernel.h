@@ -150,12 +150,19 @@ FASTPO_INLINE void add_general(const TokenSlice& t, int64_t first, int64_t n, fl
   sums.count += counted;
 }
 
-static void add_tokens(const TokenSlice& t, int64_t first, int64_t n, float ref_coef, TokenSums& sums) {
-  if (!t.plain()) return add_general(t, first, n, ref_coef, sums);
-  if (t.mask && t.ref_logps) return add_plain<true, true>(t, first, n, ref_coef, sums);
-  if (t.mask) return add_plain<true, false>(t, first, n, ref_coef, sums);
-  if (t.ref_logps) return add_plain<false, true>(t, first, n, ref_coef, sums);
-  add_plain<false, false>(t, first, n, ref_coef, sums);
+using AddOne = void(const TokenSlice& tokens, int64_t first, int64_t n, float ref_coef, TokenSums& sums);
+
+template <AddOne ADD>
+FASTPO_INLINE void add_each(const TokenSlice& t, const int64_t* cu, int64_t n, float ref_coef, TokenSums* sums) {
+  for (int64_t i = 0; i < n; ++i) ADD(t, cu[i], cu[i + 1] - cu[i], ref_coef, sums[i]);
+}
+
+static void add_tokens(const TokenSlice& t, const int64_t* cu_seqlens, int64_t n, float ref_coef, TokenSums* sums) {
+  if (!t.plain()) return add_each<add_general>(t, cu_seqlens, n, ref_coef, sums);
+  if (t.mask && t.ref_logps) return add_each<add_plain<true, true>>(t, cu_seqlens, n, ref_coef, sums);
+  if (t.mask) return add_each<add_plain<true, false>>(t, cu_seqlens, n, ref_coef, sums);
+  if (t.ref_logps) return add_each<add_plain<false, true>>(t, cu_seqlens, n, ref_coef, sums);
+  add_each<add_plain<false, false>>(t, cu_seqlens, n, ref_coef, sums);
 }
 
 static void fill_tokens(float value, const bool* mask, int64_t n, float* out) {
