@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from fastpo.config import Config
 from fastpo.data import Codec, Prompt, training_prompts
 from fastpo.errors import RunError
 from fastpo.judges import Judge
+from fastpo.models import load_tokenizer
 from fastpo.pairs import PairRecord, build_pairs, candidates, explain_no_pairs
 from fastpo.rewards import RewardFn, Scorer
-from fastpo.run import Run
+from fastpo.run import Run, model_context
 from fastpo.search.stage import SearchStage
 from fastpo.statistics import balance_scores
 
@@ -29,6 +31,12 @@ class Collector:
     def __init__(self, run: Run, codec: Codec, reward: RewardFn):
         self.run, self.codec, self.reward = run, codec, reward
         self.config: Config = run.config
+
+    @cached_property
+    def judge_codec(self) -> Codec:
+        """The codec of who judges: judge_model's own tokenizer, where that is given."""
+        name = self.config.judge_model
+        return self.codec if name is None else Codec(load_tokenizer(name), self.config, model_context(name))
 
     def pairs(self, iteration: int) -> tuple[list[PairRecord], Row]:
         """The pairs of an iteration, tokenised, and what is to be said of them."""
@@ -169,10 +177,10 @@ class Collector:
         if config.answer_marker is not None:
             yield [signals.visible_lengths(row, self.codec) for row in samples]
         if config.score_by == "implicit":
-            yield signals.implicit(samples, self.run.model, self.codec, iteration)
+            yield signals.implicit(samples, self.run.model, self.codec, iteration, self.run.accelerator.autocast)
         if config.score_by in ("reward", "implicit") and config.pair_rule != "judgements":
             return
-        judge = Judge(self.run.judge(iteration), self.codec)
+        judge = Judge(self.run.judge(iteration), self.judge_codec, self.run.accelerator.autocast)
         seed = stages.derive_seed(config.seed, "judge", iteration, chunk)
         if config.pair_rule == "judgements":
             yield signals.verdicts(samples, judge, config.pairs_per_prompt, seed)

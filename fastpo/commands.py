@@ -256,7 +256,7 @@ def run_evaluate(config: Config, arguments: argparse.Namespace) -> None:
     scorer = Scorer(load_reward(config.reward), config.on_reward_error)
     summary = stages.evaluation_summary(samples, stages.score(samples, scorer), config)
     greedy = [(row["prompt_ids"], row["responses"][0]["ids"]) for row in samples]
-    summary |= stages.token_statistics(model, greedy, config)
+    summary |= stages.token_statistics(model, greedy, config, accelerator)
     Display().console.print(results_table([{**summary, "name": Path(config.model).name}]))
     if arguments.out:
         write_json(arguments.out, summary)

@@ -6,7 +6,6 @@ from iteration to iteration are lists: one value per iteration, the last one rep
 """
 
 import dataclasses
-import math
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from fastpo.config_keys import (
     TrainingKeys,
     WarmStartKeys,
 )
+from fastpo.config_ranges import complaints
 from fastpo.errors import FastpoError, suggestion
 
 # A resumed run may differ in these: they say where, how far and how it is watched, not what is computed.
@@ -53,9 +53,8 @@ class Config(
     """All settings of a run: ``Config()``, ``Config.load(recipe)`` or the command line. Checked on construction."""
 
     def __post_init__(self) -> None:
-        for check, message in _CHECKS:
-            if not check(self):
-                raise FastpoError(message.format(**dataclasses.asdict(self)))
+        for complaint in complaints(vars(self)):
+            raise FastpoError(complaint)
 
     @staticmethod
     def load(path: str | Path, **overrides: Any) -> "Config":
@@ -73,75 +72,6 @@ class Config(
         """The value of a per-iteration list in ``iteration`` (from 1); the last one repeats."""
         values = getattr(self, key)
         return values[min(iteration, len(values)) - 1]
-
-
-_CHECKS = [
-    (lambda c: c.iterations >= 0, "iterations is {iterations}; it should be 0 or more"),
-    (lambda c: c.num_samples >= 1, "num_samples is {num_samples}; it should be at least 1"),
-    (lambda c: c.max_new_tokens >= 1, "max_new_tokens is {max_new_tokens}; it should be at least 1"),
-    (
-        lambda c: c.prompts_per_iteration is None or c.prompts_per_iteration >= 1,
-        "prompts_per_iteration is {prompts_per_iteration}; it should be at least 1, or none for all of data",
-    ),
-    (
-        lambda c: c.temperature and all(t >= 0 and math.isfinite(t) for t in c.temperature),
-        "temperature is {temperature}; it should be one or more numbers >= 0",
-    ),
-    (lambda c: 0 < c.top_p <= 1, "top_p is {top_p}; it should be in (0, 1]"),
-    (lambda c: c.top_k >= 0, "top_k is {top_k}; it should be 0 (off) or more"),
-    (lambda c: c.sample_batch_size >= 1, "sample_batch_size is {sample_batch_size}; it should be at least 1"),
-    (lambda c: c.sample_chunk >= 1, "sample_chunk is {sample_chunk}; it should be at least 1"),
-    *(
-        (
-            lambda c, name=name: getattr(c, name) is None or getattr(c, name) >= 1,
-            f"{name} is {{{name}}}; it should be 1 or more",
-        )
-        for name in (
-            "search_rollouts",
-            "search_step_tokens",
-            "search_nodes",
-            "search_cache_tokens",
-            "search_checkpoint_waves",
-        )
-    ),
-    (lambda c: c.pairs_per_prompt >= 1, "pairs_per_prompt is {pairs_per_prompt}; it should be at least 1"),
-    (
-        lambda c: c.vote_threshold and all(0 <= t <= 1 for t in c.vote_threshold),
-        "vote_threshold is {vote_threshold}; it should be one or more shares in [0, 1]",
-    ),
-    (lambda c: c.beta is None or c.beta > 0, "beta is {beta}; it should be above 0"),
-    (lambda c: c.alpha is None or c.alpha >= 0, "alpha is {alpha}; it should be 0 or more"),
-    (
-        lambda c: 0 <= c.warm_start_judgements <= 1,
-        "warm_start_judgements is {warm_start_judgements}; it should be a share in [0, 1]",
-    ),
-    (lambda c: c.judge_samples >= 1, "judge_samples is {judge_samples}; it should be at least 1"),
-    (lambda c: c.length_rho >= 0, "length_rho is {length_rho}; it should be 0 or more"),
-    (lambda c: 0 <= c.reference_mix <= 1, "reference_mix is {reference_mix}; it should be a share in [0, 1]"),
-    (
-        lambda c: len(c.contrast_prompts) == 2 and all("{prompt}" in text for text in c.contrast_prompts),
-        "contrast_prompts is {contrast_prompts}; it should be two texts that hold {{prompt}}",
-    ),
-    (
-        lambda c: all("=" in setting for setting in c.objective_settings),
-        "objective_settings is {objective_settings}; it should be a list of name=number",
-    ),
-    (lambda c: c.batch_size >= 1, "batch_size is {batch_size}; it should be at least 1"),
-    (lambda c: c.learning_rate > 0, "learning_rate is {learning_rate}; it should be above 0"),
-    (lambda c: c.num_epochs > 0, "num_epochs is {num_epochs}; it should be above 0"),
-    (lambda c: c.max_steps is None or c.max_steps >= 1, "max_steps is {max_steps}; it should be at least 1, or none"),
-    (lambda c: c.micro_batch_tokens >= 1, "micro_batch_tokens is {micro_batch_tokens}; it should be at least 1"),
-    (lambda c: c.checkpoint_steps >= 1, "checkpoint_steps is {checkpoint_steps}; it should be at least 1"),
-    (lambda c: c.warm_start_steps >= 0, "warm_start_steps is {warm_start_steps}; it should be 0 or more"),
-    (
-        lambda c: "{prompt}" in c.prompt_template,
-        "prompt_template is {prompt_template!r}; it should hold {{prompt}}, where the question goes",
-    ),
-    (
-        lambda c: c.hidden_size % (2 * c.num_heads) == 0,
-        "hidden_size is {hidden_size}; it should be a multiple of twice num_heads ({num_heads})",
-    ),
-]
 
 
 def key_types() -> dict[str, Any]:

@@ -177,6 +177,8 @@ class Codec:
         """``items`` whose ``lengths`` + ``room`` tokens fit the context; others raise, with skip_bad they go."""
         if self.context is None:
             return list(items)
+        if room >= self.context:
+            raise FastpoError(f"max_new_tokens is {room}; it should be below {self.context}, the context")
         fits: list[tuple[Item, int]] = []
         too_long: list[tuple[Item, int]] = []
         for item, length in zip(items, lengths, strict=True):

@@ -10,7 +10,9 @@ ordinary reward (rewards.py). Templates are text; their prompt goes through the 
 import functools
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +121,8 @@ class Judge:
     """A judging model with its tokens and settings."""
 
     model: PreTrainedModel
-    codec: Codec
+    codec: Codec  # of the model: its own tokenizer
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # what its forwards run under
 
     def expected(self, prompts: Sequence[str], rubric: Rubric, progress: Progress | None = None) -> list[float]:
         """Per prompt the mean value of the labels, by their probabilities as the first token of the answer."""
@@ -134,7 +137,7 @@ class Judge:
 
         A small share says that the judge did not understand what it may answer.
         """
-        label_ids = torch.tensor([self._label_id(label) for label in labels])
+        label_ids = torch.tensor([label_id(label, self.codec) for label in labels])
         sequences = [(self.codec.prompt_ids(prompt), [int(label_ids[0])]) for prompt in prompts]
         check_sequences(sequences, context_length(self.model), "judge prompts")
         device = next(self.model.parameters()).device
@@ -143,19 +146,12 @@ class Judge:
         lengths = [len(prompt) for prompt, _ in sequences]
         for group in split_by_tokens(lengths, self.codec.config.micro_batch_tokens):
             batch = collate([sequences[i] for i in group]).to(device)
-            among, share = scorer(batch, functools.partial(_among, label_ids.to(device)))
+            with self.autocast():
+                among, share = scorer(batch, functools.partial(_among, label_ids.to(device)))
             probabilities[group], shares[group] = among.cpu(), share.cpu()
             if progress is not None:
                 progress(len(group))
         return probabilities, shares
-
-    def _label_id(self, label: str) -> int:
-        ids = self.codec.tokenizer(label, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise FastpoError(
-                f"judge label {label!r} is {len(ids)} tokens; it should be one (judge_mode text reads text)"
-            )
-        return ids[0]
 
     def sampled(
         self,
@@ -171,20 +167,21 @@ class Judge:
         ``max_new_tokens``: None for judge_max_new_tokens.
         """
         config, tokenizer = self.codec.config, self.codec.tokenizer
-        responses = generate(
-            self.model,
-            [self.codec.prompt_ids(prompt) for prompt in prompts],
-            num_samples=number,
-            max_new_tokens=max_new_tokens or config.judge_max_new_tokens,
-            temperature=config.at("temperature", 1),
-            top_p=config.top_p,
-            top_k=config.top_k,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=seed,
-            batch_size=config.sample_batch_size,
-            progress=progress,
-        )
+        with self.autocast():
+            responses = generate(
+                self.model,
+                [self.codec.prompt_ids(prompt) for prompt in prompts],
+                num_samples=number,
+                max_new_tokens=max_new_tokens or config.judge_max_new_tokens,
+                temperature=config.at("temperature", 1),
+                top_p=config.top_p,
+                top_k=config.top_k,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                seed=seed,
+                batch_size=config.sample_batch_size,
+                progress=progress,
+            )
         return [[self.codec.text(ids) for ids in samples] for samples in responses]
 
     def opinions(
@@ -195,6 +192,25 @@ class Judge:
             return list(self.expected(prompts, rubric, progress))
         texts = self.sampled(prompts, self.codec.config.judge_samples, seed=seed, progress=progress)
         return [mean_known([rubric.read(text) for text in judgements]) for judgements in texts]
+
+
+def check_judge(codec: Codec) -> None:
+    """FastpoError for templates, or labels, that the judge of ``codec``'s config could not be asked with."""
+    config = codec.config
+    compares = config.score_by == "duels" or config.pair_rule == "judgements"
+    for kind in ("duel",) if compares else ("grade", "meta") if config.judge_pairs else ("grade",):
+        asked = rubric(kind, config)
+        codec.prompt_ids(asked.template)
+        for label in asked.labels if config.judge_mode == "labels" else ():
+            label_id(label, codec)
+
+
+def label_id(label: str, codec: Codec) -> int:
+    """The token that ``label`` is; FastpoError where it is several."""
+    ids = codec.tokenizer(label, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise FastpoError(f"judge label {label!r} is {len(ids)} tokens; it should be one (judge_mode text reads text)")
+    return ids[0]
 
 
 def _among(label_ids: Tensor, head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:

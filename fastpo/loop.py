@@ -24,7 +24,7 @@ from typing import Any
 
 from fastpo import stages
 from fastpo.artifacts import read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
-from fastpo.checks import check, iterations_of, read_inputs
+from fastpo.checks import check, iterations_of, judges, read_inputs
 from fastpo.collect import Collector
 from fastpo.config import Config
 from fastpo.console import Display
@@ -36,6 +36,7 @@ from fastpo.data import (
     load_preferences,
     training_prompts,
 )
+from fastpo.judges import check_judge
 from fastpo.models import PromptResponse, onednn_matmul
 from fastpo.pairs import PairRecord
 from fastpo.references import TOKEN_COLUMNS, Reference, needs_kl, reference_tensors, responses_of, split_by_key
@@ -106,11 +107,13 @@ class Loop:
         return self.run.folder(iteration)
 
     def check_data(self) -> None:
-        """Tokenises the given pairs and the first prompts: what does not fit the context stops the run at its start."""
+        """Tokenises the given pairs, the first prompts, what a judge is asked: what does not fit stops the run here."""
         _ = self.given_pairs, self.heldout_pairs
         if self.config.data:
             self.collector.fitting_prompts(training_prompts(self.config, 1))
         self.collector.fitting_prompts(evaluation_prompts(self.config))
+        if judges(self.config):
+            check_judge(self.collector.judge_codec)
 
     def warm_start(self) -> None:
         """M_0: a built model or the given one after supervised steps. Nothing to do without either."""
@@ -254,7 +257,7 @@ class Loop:
         rewards = stages.score(samples, self.collector.scorer(samples, optional=True))
         summary = stages.evaluation_summary(samples, rewards, self.config)
         greedy = [(row["prompt_ids"], row["responses"][0]["ids"]) for row in samples]
-        return {**summary, **stages.token_statistics(model, greedy, self.config)}
+        return {**summary, **stages.token_statistics(model, greedy, self.config, self.run.accelerator)}
 
     def _held_out_pairs(self, iteration: int) -> Row:
         if not self.heldout_pairs:

@@ -258,13 +258,14 @@ def context_of(config: Config) -> int | None:
     """Longest prompt + response in tokens: the config's, capped by the model's."""
     if config.model == "tiny-llama":
         return config.context_length or DEFAULT_CONTEXT
-    limit = _model_context(config.model)
+    limit = model_context(config.model)
     if config.context_length and limit and config.context_length > limit:
         raise FastpoError(f"context_length is {config.context_length}; the model allows at most {limit}")
     return config.context_length or limit
 
 
-def _model_context(model: str) -> int | None:
+def model_context(model: str) -> int | None:
+    """Longest sequence that a model takes, from its config alone; FastpoError for a model that is not there."""
     if model == "embedded":
         return embedded.build_model(0).config.max_position_embeddings
     try:

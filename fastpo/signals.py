@@ -6,6 +6,7 @@ chosen by in place of the reward.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import permutations
 from typing import Any
 
@@ -80,7 +81,13 @@ def duelled(rows: Sequence[Row], judge: Judge, seed: int, progress: Progress | N
     return [{"scores": win_rates(m).tolist(), "preferences": m.tolist()} for m in even]
 
 
-def implicit(rows: Sequence[Row], load: Callable[[int], PreTrainedModel], codec: Codec, iteration: int) -> list[Row]:
+def implicit(
+    rows: Sequence[Row],
+    load: Callable[[int], PreTrainedModel],
+    codec: Codec,
+    iteration: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[Row]:
     """``scores``: the implicit reward of each response under M_(k-1), its log-ratio to M_0; ``consistency``: Kendall's
     tau between that ranking and the one of M_(k-2), where there is one. CREAM, Wang et al. 2024.
 
@@ -88,11 +95,15 @@ def implicit(rows: Sequence[Row], load: Callable[[int], PreTrainedModel], codec:
 
     Args:
         load: j -> M_j, asked for each needed j once.
+        autocast: what their forwards run under.
     """
     wanted = {0, iteration - 1, max(iteration - 2, 0)}
     sequences = [(row["prompt_ids"], r["ids"]) for row in rows for r in row["responses"]]
     lengths = np.array([len(ids) for _, ids in sequences])
-    sums = {j: _summed_logps(load(j), sequences, codec.config.micro_batch_tokens) for j in sorted(wanted)}
+    budget, sums = codec.config.micro_batch_tokens, {}
+    for j in sorted(wanted):
+        with autocast():
+            sums[j] = _summed_logps(load(j), sequences, budget)
 
     def ranking(j: int) -> np.ndarray:
         return implicit_rewards(sums[j], sums[0]) if j else sums[0] / lengths

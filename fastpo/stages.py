@@ -55,6 +55,11 @@ def build_objective(config: Config) -> Objective:
     supplied = {SUPPLIED[c] for c in columns} | {f"segments.{name}" for name in (*TOKEN_COLUMNS, "kl")}
     if config.search != "none":  # its pairs begin behind steps, which have no prompt to put another text into
         supplied.remove("segments.token_coefs")
+    if config.reference_mix and not objective.needs_reference:
+        raise FastpoError(
+            f"reference_mix is {config.reference_mix}; it should be 0 with objective {config.objective}, which has no "
+            "reference"
+        )
     missing = sorted(set(objective.requires) - supplied)
     if missing:
         source = "preferences files" if config.preferences else f"pair_rule {config.pair_rule}"
@@ -285,8 +290,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def token_statistics(model: PreTrainedModel, sequences: Sequence[PromptResponse], config: Config) -> dict[str, float]:
-    """Entropy, top-10 mass and top-10 entropy per response token, means over all tokens. See fastpo.diagnostics."""
+def token_statistics(
+    model: PreTrainedModel, sequences: Sequence[PromptResponse], config: Config, accelerator: Accelerator
+) -> dict[str, float]:
+    """Entropy, top-10 mass and top-10 entropy per response token, means over all tokens, under the accelerator's mixed
+    precision. See fastpo.diagnostics."""
     sequences = [(prompt, response) for prompt, response in sequences if len(response)]
     if not sequences:
         return {}
@@ -297,7 +305,8 @@ def token_statistics(model: PreTrainedModel, sequences: Sequence[PromptResponse]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in sequences]
     for group in split_by_tokens(lengths, config.micro_batch_tokens):
         batch = collate([sequences[i] for i in group]).to(device)
-        _, stats = scorer(batch, functools.partial(batch.logps, stats=names))
+        with accelerator.autocast():
+            _, stats = scorer(batch, functools.partial(batch.logps, stats=names))
         sums += torch.stack([stats[name].double().sum().cpu() for name in names])
         tokens += batch.labels.shape[0]
     return dict(zip(names, (sums / tokens).tolist(), strict=True))

@@ -80,6 +80,19 @@ def test_recipe_then_command_line_with_dashes_or_underscores(tmp_path):
         (["demo", "--objective", "irop"], "irpo"),
         (["demo", "--reward", "nope"], "reward is 'nope'"),
         (["demo", "--context_length", "999999"], "context_length is 999999; the model allows at most"),
+        (
+            ["demo", "--dry_run", "--max_new_tokens", "256"],
+            "max_new_tokens is 256; it should be below 256, the context",
+        ),
+        (
+            ["demo", "--dry_run", "--score_by", "judge", "--judge_model", "/absent"],
+            "tokenizer /absent cannot be loaded",
+        ),
+        (
+            ["demo", "--dry_run", "--score_by", "judge", "--judge_template", "?"],
+            "judge_template is '?'; it should hold {response}",
+        ),
+        (["demo", "--judge_model", "x"], "judge_model is 'x', which does nothing here"),
         (["sample", "--data", "embedded"], "model embedded is untrained"),
         (["pairs"], "--input is missing"),
         (["report", "/absent"], "/absent holds no run"),

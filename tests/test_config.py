@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from fastpo import config_ranges
 from fastpo.config import FREE_KEYS, GROUPS, Config, changed_keys, key_types, read_recipe, recipe_path
 from fastpo.errors import FastpoError
 from fastpo.stages import build_objective
@@ -82,11 +83,37 @@ def test_unknown_recipe_suggests():
         ("max_steps", 0),
         ("hidden_size", 130),
         ("prompts_per_iteration", 0),
+        ("warm_start_batch_size", 0),
+        ("warm_start_learning_rate", -1.0),
+        ("learning_rate", float("inf")),
+        ("win_threshold", float("nan")),
+        ("temperature_scan", [0.5, float("nan")]),
+        ("warmup_steps", -1),
+        ("max_grad_norm", -1.0),
+        ("eval_pairs", -1),
+        ("judge_max_new_tokens", 0),
+        ("num_heads", 0),
+        ("context_length", 1),
+        ("search_depth", 0),
+        ("search_labels", [""]),
+        ("search_refine", "no place"),
+        ("objective_settings", ["gamma=x"]),
+        ("objective_settings", ["gamma"]),
+        ("reference_mix", 1.5),
     ],
 )
 def test_values_out_of_range_name_the_key(key, value):
-    with pytest.raises(FastpoError, match=rf"{key} is .*it should"):
+    with pytest.raises(FastpoError, match=rf"^{key} is .*it should"):
         Config(**{key: value})
+
+
+def test_every_number_has_a_range_and_every_range_a_key():
+    """Counts and sizes have a least value; a key that a range names is a key."""
+    ranged = {name for names in config_ranges._AT_LEAST.values() for name in names}
+    ranged |= {*config_ranges._ABOVE_0, *config_ranges._SHARES, *config_ranges._OTHERS}
+    assert ranged <= key_types().keys()
+    counts = {name for name, kind in key_types().items() if kind in (int, int | None)}
+    assert counts - ranged == {"seed"}
 
 
 def test_lists_are_per_iteration():
@@ -113,3 +140,8 @@ def test_changed_keys_names_what_matters():
 def test_objectives_the_loop_cannot_serve(name, message):
     with pytest.raises(FastpoError, match=message):
         build_objective(Config(objective=name))
+
+
+def test_a_mixed_reference_needs_a_reference():
+    with pytest.raises(FastpoError, match=r"reference_mix is 0\.5; it should be 0 with objective simpo"):
+        build_objective(Config(objective="simpo", reference_mix=0.5))

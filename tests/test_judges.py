@@ -1,16 +1,22 @@
 """A judge's opinions: label probabilities against the model's own logits, parsing, and the columns of the samples."""
 
 import itertools
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fastpo import embedded, signals
+from fastpo.collect import Collector
 from fastpo.config import Config
 from fastpo.data import Codec
 from fastpo.errors import FastpoError
-from fastpo.judges import Judge, Rubric, mean_known, rubric
+from fastpo.judges import Judge, Rubric, check_judge, mean_known, rubric
+from fastpo.models import load_model
+from fastpo.tiny import build_bpe_tokenizer, build_llama
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,61 @@ def test_label_probabilities_are_the_models(model):
 def test_a_label_of_several_tokens_is_refused(model):
     with pytest.raises(FastpoError, match="judge label 'right' is 5 tokens; it should be one"):
         judge_of(model).label_probabilities(["a"], ("right", "no"))
+
+
+def test_what_a_judge_cannot_be_asked_is_found_before_it_is_asked(model):
+    check_judge(judge_of(model, score_by="judge").codec)
+    check_judge(judge_of(model, score_by="duels", judge_mode="text").codec)
+    with pytest.raises(FastpoError, match=r"judge_template is 'Good\?'; it should hold"):
+        check_judge(judge_of(model, score_by="judge", judge_template="Good?").codec)
+    with pytest.raises(FastpoError, match="chat_template is set, but the model's tokenizer has none"):
+        check_judge(judge_of(model, score_by="judge", chat_template=True).codec)
+
+
+def half():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_opinions_under_mixed_precision_are_the_models_under_it(model):
+    """Label probabilities, sampled judgements and implicit rewards."""
+    judge = replace(judge_of(model), autocast=half)
+    found, _ = judge.label_probabilities(["a?"], ("A", "B", "5"))
+    with half():
+        logits = model(torch.tensor([judge.codec.prompt_ids("a?")])).logits[0, -1].float()
+    assert torch.allclose(found[0], logits[[ord(c) for c in "AB5"]].softmax(0), atol=1e-3)
+    plain, _ = judge_of(model).label_probabilities(["a?"], ("A", "B", "5"))
+    assert not torch.equal(found, plain)
+    rows, entered = rows_of(judge, "a", "bb"), []
+
+    @contextmanager
+    def counted():
+        entered.append(True)
+        yield
+
+    replace(judge, autocast=counted).sampled(["a?"], 2, seed=0)
+    signals.implicit(rows, {0: model}.get, judge.codec, 1, counted)
+    assert len(entered) == 2
+    (rounded,), (exact,) = (signals.implicit(rows, {0: model}.get, judge.codec, 1, c) for c in (half, nullcontext))
+    assert rounded["scores"] != exact["scores"] and rounded["scores"] == pytest.approx(exact["scores"], rel=2e-2)
+
+
+def test_the_run_judges_with_the_judges_tokenizer_and_its_own_precision(model, tmp_path):
+    """A judge_model of another vocabulary than the policy's; its labels are tokens of its own."""
+    tokenizer = build_bpe_tokenizer(["How many? The answer is 4. A B 0 1 2 3 5"] * 3, 300)
+    build_llama(Config(num_layers=1, hidden_size=16, num_heads=2), tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = Config(data="embedded", score_by="judge", judge_model=str(tmp_path))
+    run = SimpleNamespace(
+        config=config, accelerator=SimpleNamespace(autocast=half), judge=lambda _: load_model(tmp_path)
+    )
+    own = Codec(embedded.build_tokenizer(), config, 256)
+    collector = Collector(run, own, None)
+    assert len(collector.judge_codec.tokenizer) == len(tokenizer) != len(own.tokenizer)
+    rows = rows_of(judge_of(model), "#### 2", "x")
+    (columns,) = collector.signals(1, 0, rows)
+    judge = Judge(load_model(tmp_path), collector.judge_codec, half)
+    assert columns == signals.graded(rows, judge, 0)
+    assert Collector(SimpleNamespace(config=Config()), own, None).judge_codec is own
 
 
 def test_rubrics_read_the_last_verdict():
