@@ -127,8 +127,8 @@ def train_preference(
 
     With ``config.sharing`` the responses of a batch make trees (fastpo/tree_task.py): each distinct token goes through
     the model once. Without, and for objectives of the KL over the vocabulary, a response goes through once for all its
-    pairs of a micro-batch. An objective that couples its batch (``couple``) couples all of it either way: a batch that
-    does not fit one forward is scored first, a forward more.
+    pairs of a micro-batch. An objective that couples its batch (``Objective.couples_scores``) couples all of it either
+    way: a batch that does not fit one forward is scored first, a forward more.
 
     Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking
     accuracy; log-probs per response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per

@@ -1,10 +1,10 @@
 """Preference training on trees: each distinct token of a prompt's responses goes through the model once.
 
 The responses of a prompt make a tree; trees share rows of at most the budget, and a row is one forward and backward.
-The gradient is that of the mean over the batch's pairs, whatever the packing: losses are sums over pairs, and where
-the members of a pair do not lie in one row (their tree is over the budget, or the objective couples the whole batch),
-the loss is taken from log-probs that are scored first, without gradient; its slopes are then the coefficients of each
-row's own log-probs.
+The gradient is that of the mean over the batch's pairs, whatever the packing: losses are sums over pairs. Where the
+members of a pair do not lie in one row (their tree is over the budget), or the objective couples a batch of several
+rows, the loss is taken from log-probs that are scored first, without gradient; its slopes are then the coefficients of
+each row's own log-probs.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastpo.host import host
 from fastpo.kernels.preference_loss import preference_loss
 from fastpo.models import PromptResponse
+from fastpo.objectives.coupling import TokenRewards
 from fastpo.pairs import PairRecord
 from fastpo.sharing import sharing_scorer
 from fastpo.tasks import NUM_PAIR_SUMS, STATS, PreferenceTask, token_sums
@@ -49,9 +50,14 @@ class TreePreferenceTask(PreferenceTask):
         self, scorer: nn.Module, batch: Sequence[int], budget: int, processes: int, device: torch.device
     ) -> list[list[Row]]:
         pairs = [self.pairs[i] for i in batch]
-        rows = plan(pairs, budget, apart=self.objective.couples_scores)
+        rows = plan(pairs, budget)
         here = {id(pair) for row in rows for pair in row.pairs}
         apart = [pair for pair in pairs if id(pair) not in here]
+        # a response has one set of coefficients: T-REG's token rewards, or slopes that they have gone into
+        if (self.objective.couples_scores and len(rows) > 1) or (
+            apart and isinstance(self.objective.couple, TokenRewards)
+        ):
+            rows, apart = [replace(row, pairs=[]) for row in rows], pairs
         if apart:
             rows = self._with_slopes(scorer, apart, rows, batch, device)
         rows.sort(key=lambda row: -row.tree.num_nodes)
@@ -103,12 +109,11 @@ class TreePreferenceTask(PreferenceTask):
         return [replace(first, values=values), *rest, *others]
 
 
-def plan(pairs: Sequence[PairRecord], budget: int, *, apart: bool = False) -> list[Row]:
+def plan(pairs: Sequence[PairRecord], budget: int) -> list[Row]:
     """Rows of at most ``budget`` nodes (or one path, however long), with every response of ``pairs`` in one of them.
 
     The responses of a prompt stay together where they fit: first-fit decreasing; what prompts have in common, a row
-    has once. A tree over the budget is cut. A pair belongs to the row that has all of its members, if one does; with
-    ``apart`` none does.
+    has once. A tree over the budget is cut. A pair belongs to the row that has all of its members, if one does.
     """
     budget = max(budget, *(pair.longest for pair in pairs))
     together = [_responses_of(group) for group in groups(pairs)]
@@ -123,7 +128,7 @@ def plan(pairs: Sequence[PairRecord], budget: int, *, apart: bool = False) -> li
         placed += zip(packed.rows, names, strict=True)
     row_of = {key: row for row, (_, keys) in enumerate(placed) for key in keys}
     own: list[list[PairRecord]] = [[] for _ in placed]
-    for pair in () if apart else pairs:
+    for pair in pairs:
         rows = {row_of[key] for key, *_ in pair.present}
         if len(rows) == 1:
             own[rows.pop()].append(pair)

@@ -73,10 +73,10 @@ def test_searches_by_hand():
 
 @pytest.mark.parametrize(
     ("objective", "extra", "training"),
-    [("dpo", 0, 0), ("t_reg", 2, 1), ("sparse_po", 1, 1), ("tdpo2", 0, 1), ("bco", 0, 1)],
+    [("dpo", 0, 0), ("t_reg", 2, 0), ("sparse_po", 1, 1), ("tdpo2", 0, 1), ("bco", 0, 1)],
 )
 def test_forwards_that_objectives_ask_for(objective, extra, training):
-    """Beside one of the reference and three passes of training: T-REG's contrast and its two phases, masks, the KL."""
+    """Beside one of the reference and three passes of training: T-REG's contrast, BCO's two phases, masks, the KL."""
 
     def tokens_and_body(name):
         config = Config(objective=name, alpha=None)

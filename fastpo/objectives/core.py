@@ -59,6 +59,9 @@ class Coupling(Protocol):
     def uses_scores(self) -> bool:
         """False: it reads the records only, and costs no phase."""
 
+    # by_tuple = True, where it is so: a tuple costs by the scores of its own members alone. The sum over tuples is then
+    # that of any parts of the batch, and training takes each part as it comes.
+
     @property
     def makes(self) -> tuple[str, ...]:
         """Columns like "pairs.margins" that it fills by itself: they should not be given."""
@@ -135,12 +138,13 @@ class Objective:
     @property
     def path(self) -> str:
         """One of PATHS: "fused" reads the log-probs once; "two-phase" reads them once more, to couple their scores."""
-        return "two-phase" if self.list_loss is not None or self.couples_scores else "fused"
+        scored_first = self.couple is not None and self.couple.uses_scores
+        return "two-phase" if self.list_loss is not None or scored_first else "fused"
 
     @property
     def couples_scores(self) -> bool:
         """Whether what a tuple costs may depend on the scores of others in its batch."""
-        return self.couple is not None and self.couple.uses_scores
+        return self.couple is not None and self.couple.uses_scores and not getattr(self.couple, "by_tuple", False)
 
     @property
     def nll_coefs(self) -> tuple[float, ...]:

@@ -93,6 +93,7 @@ class TokenRewards:
 
     alpha: float
     uses_scores: ClassVar[bool] = True
+    by_tuple: ClassVar[bool] = True
     makes: ClassVar[tuple[str, ...]] = ("pairs.beta_scales",)
 
     def __call__(self, batch: Batch) -> tuple[Segments, Pairs]:
@@ -159,6 +160,7 @@ class LambdaPairs:
     """LiPO-lambda: all pairs of a list [G, K] by relevance, weighted by what swapping their ranks would cost in DCG."""
 
     uses_scores: ClassVar[bool] = True
+    by_tuple: ClassVar[bool] = True
     makes: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, batch: Batch) -> tuple[Segments, Pairs]:
