@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from fastpo import config as keys
 from fastpo.config import Config, read_recipe
 from fastpo.errors import FastpoError, suggestion
+from fastpo.memory import keep_freed_memory
 
 OVERVIEW = """\
 fastpo: iterative preference optimization of language models.
@@ -201,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The process of the command line. One of several leaves at once: gloo's threads may abort an orderly exit."""
+    keep_freed_memory()
     code = main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():

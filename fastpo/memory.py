@@ -1,0 +1,20 @@
+"""Memory that a training step frees stays with the process, for the next step: fewer page faults on the CPU."""
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of mallopt, <malloc.h>
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory, for this whole process; False where there is no glibc, and nothing is done.
+
+    Activations of more than 32 MiB are mapped anew in every step otherwise, and 4 KiB of them at a time zeroed by the
+    kernel: a million faults in the step of a 50M model on 8,000 tokens, a seventh of its time. The price: what the
+    process held at its peak it holds until it ends. ``fastpo`` on the command line calls it; a program that uses the
+    library may, before its first large tensor.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_TOP_PAD, 64 << 20)])
