@@ -1,10 +1,12 @@
 """What a run will cost, from its config and the model's sizes: ``fastpo train ... --dry_run``. No weights are loaded.
 
-Upper bounds: every response is counted at max_new_tokens, every prompt with as many pairs as its rule can make, and a
-token that several responses share (the prompt, a common beginning) in each of them. A tree of a search has all nodes
+Upper bounds: every response is counted at max_new_tokens, every prompt with as many pairs as its rule can make. With
+sharing the prompt is counted once for its responses, and a response once for its pairs, as far as they stand in one
+batch (what responses have in common besides is not foreseen); without, once for each. A tree of a search has all nodes
 that its settings allow, each a step of search_step_tokens.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ from fastpo.config import Config
 from fastpo.integrations.head import unwrapped
 from fastpo.kernels.linear_token_logprobs import plan
 from fastpo.objectives import Objective
-from fastpo.references import needs_kl
+from fastpo.references import needs_kl, num_passes
 from fastpo.search.engine import most_nodes
 from fastpo.search.settings import method_of
 from fastpo.tiny import llama_config
@@ -100,7 +102,7 @@ def pairs_at_most(config: Config, prompts: int) -> int:
 
 def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prompt_tokens: float) -> list[Cost]:
     """The stages of an iteration over ``prompts`` of ``prompt_tokens`` each (a mean)."""
-    responses, required = prompts * config.num_samples, objective.requires
+    responses = prompts * config.num_samples
     whole = prompt_tokens + config.max_new_tokens
     found = []
 
@@ -129,21 +131,37 @@ def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prom
             sample("judgements", asked, config.judge_samples, length, config.judge_max_new_tokens)
         else:
             add("grades", asked, asked * length, asked)
-    tuples = pairs_at_most(config, prompts)
-    members = _members(config)
+    members = pairs_at_most(config, prompts) * _members(config)
+    sampled: float = responses + prompts if config.search == "none" and config.pair_rule != "unpaired" else math.inf
     if objective.needs_reference:
-        distinct = tuples * members
-        if config.search == "none" and config.pair_rule != "unpaired":  # whose mismatched tuples are more responses
-            distinct = min(distinct, responses + prompts)
-        passes = 1 + sum(2 * (name == "segments.token_coefs") + (name == "segments.weights") for name in required)
-        passes += bool(config.reference_mix)
-        add("reference", distinct, distinct * whole, distinct * config.max_new_tokens, passes, passes)
-    trained = tuples * members * config.num_epochs
+        distinct: float = min(members, sampled)
+        prefixes: float = min(prompts, distinct) if config.sharing and config.search == "none" else distinct
+        passes = num_passes(objective, config, iteration=2)
+        tokens = distinct * config.max_new_tokens
+        add("reference", distinct, prefixes * prompt_tokens + tokens, tokens, passes, passes)
+    begun, trained = _trained(config, objective, prompts, members, sampled)
     rows = trained * config.max_new_tokens
     kl, twice = needs_kl(objective), objective.couples_scores  # a forward: of the reference, of the whole batch
     passes = 3 + config.gradient_checkpointing + kl + twice
-    add("training", trained, trained * whole, rows, passes, gemms=3 + 6 * kl + twice)
+    add("training", trained, begun * prompt_tokens + rows, rows, passes, gemms=3 + 6 * kl + twice)
     return found
+
+
+def _trained(config: Config, objective: Objective, prompts: int, members: float, sampled: float) -> tuple[float, float]:
+    """(prompts, responses) that go through the model in all epochs, of tuples of so many ``members`` together.
+
+    ``sampled`` are the distinct responses at most. With sharing the pairs of a prompt that lie in one batch have its
+    prompt, and each response, once: all of them with batch_by prompt, but for the prompt at each border of batches.
+    """
+    epochs, tuples = config.num_epochs, members / _members(config)
+    if not config.sharing or needs_kl(objective):
+        return members * epochs, members * epochs
+    if config.batch_by == "pair" or config.search != "none":  # pairs of a search begin behind steps of their own
+        return tuples * epochs, members * epochs
+    borders = math.ceil(tuples * epochs / config.batch_size)
+    asked = min(prompts * epochs + borders, tuples * epochs)
+    own = min(members, sampled) / max(1, prompts)  # responses of a prompt
+    return asked, min(asked * own, members * epochs)
 
 
 def _members(config: Config) -> int:

@@ -39,7 +39,15 @@ from fastpo.data import (
 from fastpo.judges import check_judge
 from fastpo.models import PromptResponse, onednn_matmul
 from fastpo.pairs import PairRecord
-from fastpo.references import TOKEN_COLUMNS, Reference, needs_kl, reference_tensors, responses_of, split_by_key
+from fastpo.references import (
+    TOKEN_COLUMNS,
+    Reference,
+    needs_kl,
+    num_passes,
+    reference_tensors,
+    responses_of,
+    split_by_key,
+)
 from fastpo.results import result_row
 from fastpo.rewards import load_reward
 from fastpo.run import Run, context_of
@@ -170,7 +178,8 @@ class Loop:
         responses = responses_of(pairs)
         if not self.run.has(path):
             name = f"iteration {iteration}: reference"
-            with self.run.timed(f"iteration_{iteration}/reference"), self.display.progress(name, len(responses)) as bar:
+            total = len(responses) * num_passes(self.objective, self.config, iteration)
+            with self.run.timed(f"iteration_{iteration}/reference"), self.display.progress(name, total) as bar:
                 of = self.objective, self.run.model, iteration, self.codec, self.run.accelerator
                 found = reference_tensors(pairs, *of, bar.advance)
                 with self.run.on_main() as main:

@@ -47,6 +47,14 @@ def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:
     return found
 
 
+def num_passes(objective: Objective, config: Config, iteration: int) -> int:
+    """Forwards over each response in ``reference_tensors``: two more for T-REG, one more for SparsePO, and for a mixed
+    reference behind iteration 1."""
+    required = objective.requires
+    more = 2 * ("segments.token_coefs" in required) + ("segments.weights" in required)
+    return 1 + more + bool(config.reference_mix and iteration > 1)
+
+
 def reference_tensors(
     pairs: Sequence[PairRecord],
     objective: Objective,
@@ -61,7 +69,7 @@ def reference_tensors(
     Args:
         load: j -> M_j. The reference is M_(k-1); with reference_mix the weighted mean of its log-probs and M_0's.
 
-    Cost: a forward over each response; two more for T-REG, one more for a mixed reference and for SparsePO.
+    Cost: ``num_passes`` forwards over each response; ``progress`` is told of each.
     """
     config = codec.config
     responses = list(responses_of(pairs).values())
@@ -73,7 +81,7 @@ def reference_tensors(
         better, worse = (score(model, _contrasted(pairs, text, codec))[0] for text in config.contrast_prompts)
         found["token_coefs"] = contrast_token_rewards(better, worse)
     if "segments.weights" in objective.requires:
-        found["weights"] = uncertainty_masks(model, responses, config.micro_batch_tokens, accelerator)
+        found["weights"] = uncertainty_masks(model, responses, config.micro_batch_tokens, accelerator, progress)
     if config.reference_mix and iteration > 1:
         start, _ = score(load(0), responses)
         found["logps"] = mixed_reference(start, logps, config.reference_mix)
@@ -110,7 +118,11 @@ def _inside(text: str, prompt: Text) -> Text:
 
 @torch.no_grad()
 def uncertainty_masks(
-    model: PreTrainedModel, responses: Sequence[PromptResponse], budget: int, accelerator: Accelerator
+    model: PreTrainedModel,
+    responses: Sequence[PromptResponse],
+    budget: int,
+    accelerator: Accelerator,
+    progress: Progress | None = None,
 ) -> Tensor:
     """[T] fp32 weights in [0, 1]: the entropy of the reference at each token, over the largest one of its response.
 
@@ -125,6 +137,8 @@ def uncertainty_masks(
             _, stats = scorer(batch, functools.partial(batch.logps, stats=("entropy",)))
         parts = stats["entropy"].float().cpu().split(batch.cu_seqlens.diff().tolist())
         masks |= {i: part / part.max().clamp(min=1e-6) for i, part in zip(group, parts, strict=True)}
+        if progress is not None:
+            progress(len(group))
     return torch.cat([masks[i] for i in range(len(responses))])
 
 

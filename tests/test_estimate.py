@@ -29,16 +29,35 @@ def test_tiny_llama_and_types():
     assert (sizes.vocab, sizes.hidden, sizes.layers, sizes.itemsize) == (300, 64, 3, 2)
 
 
-def test_costs_by_hand():
-    """10 prompts of 5 tokens, 4 samples of 3, one pair each of IRPO at most: two sequences of 8 tokens a pair."""
-    config = Config(num_samples=4, max_new_tokens=3, pairs_per_prompt=1, num_epochs=1.0)
+@pytest.mark.parametrize("sharing", [True, False])
+def test_costs_by_hand(sharing):
+    """10 prompts of 5 tokens, 4 samples of 3, one pair each of IRPO at most: two sequences of 8 tokens a pair, whose
+    prompt is shared."""
+    config = Config(num_samples=4, max_new_tokens=3, pairs_per_prompt=1, num_epochs=1.0, sharing=sharing)
     found = {c.stage: c for c in costs(config, build_objective(config), SIZES, 10, 5.0)}
     assert list(found) == ["samples", "reference", "training"]
-    samples, training = found["samples"], found["training"]
+    samples, reference, training = found.values()
     assert (samples.sequences, samples.tokens) == (40, 10 * (5 + 4 * 3)), "a prompt goes through once"
     assert samples.flops == 2 * 1000 * 170 + 2 * 120 * 10 * 20
-    assert (training.sequences, training.tokens) == (20, 20 * 8)
-    assert training.flops == 3 * 2 * 1000 * 160 + 3 * 2 * (20 * 3) * 10 * 20
+    tokens = 10 * 5 + 20 * 3 if sharing else 20 * 8
+    assert (training.sequences, training.tokens) == (reference.sequences, reference.tokens) == (20, tokens)
+    assert training.flops == 3 * 2 * 1000 * tokens + 3 * 2 * (20 * 3) * 10 * 20
+
+
+def test_a_response_of_several_pairs_is_trained_on_once_in_a_batch():
+    """10 prompts of 5 tokens, 4 samples of 3 and the data's solution, 20 pairs each; 2 epochs in 400 / 50 batches."""
+
+    def training(**settings):
+        common = {"num_samples": 4, "max_new_tokens": 3, "pairs_per_prompt": 20, "num_epochs": 2.0, "batch_size": 50}
+        config = Config(**{**common, **settings})
+        found = {c.stage: c for c in costs(config, build_objective(config), SIZES, 10, 5.0)}
+        return found["training"].sequences, found["training"].tokens
+
+    asked = 2 * 10 + 8  # the prompts of two epochs, some of them in two batches
+    assert training() == (asked * 5, asked * (5 + 5 * 3))
+    assert training(batch_by="pair") == (800, 400 * 5 + 800 * 3), "two responses and one prompt a pair"
+    assert training(sharing=False) == training(objective="tdpo1", alpha=None) == (800, 800 * 8)
+    assert training(batch_size=1) == (800, 400 * 5 + 800 * 3)
 
 
 @pytest.mark.parametrize(

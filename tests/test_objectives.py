@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import objective_formulas
+import objective_formulas_columns
 import pytest
 import torch
-from objective_formulas import FORMULAS, data_of
+from objective_data import data_of
 
 from fastpo import objectives
 from fastpo.objectives import PRESETS, Objective, Term, by_name
 
+FORMULAS = objective_formulas.FORMULAS | objective_formulas_columns.FORMULAS
 GRADIENTS = ("logps", "kl", "weights", "nll_weights")  # of the tokens, where the formula has them
 
 

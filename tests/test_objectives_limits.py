@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_formulas import Data, P
+from objective_data import Data, P
 
 from fastpo import objectives
 from fastpo.kernels.preference_loss import preference_loss
