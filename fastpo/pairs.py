@@ -38,6 +38,7 @@ class PairRecord:
     margin: float | None = None  # what is taken from z
     targets: tuple[float, ...] | None = None  # [J] of the squared links
     gains: tuple[float, ...] | None = None  # [K] of a list
+    group: str = ""  # pairs of one search tree, whose prompts hold steps of it; "": what has equal prompts
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property

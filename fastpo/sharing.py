@@ -35,18 +35,34 @@ def tree_response_logps(
     """
     check_sequences(sequences, context_length(model), "sequences")
     sharing_scorer(model)
-    prompts: dict[tuple[int, ...], list[int]] = {}
-    for i, (prompt, _) in enumerate(sequences):
-        prompts.setdefault(tuple(prompt), []).append(i)
-    trees = [build_tree([[*prompt, *sequences[i][1]] for i in own], len(prompt)) for prompt, own in prompts.items()]
+    together = _sharing([prompt for prompt, _ in sequences])
+    trees = [
+        build_tree([[*sequences[i][0], *sequences[i][1]] for i in own], [len(sequences[i][0]) for i in own])
+        for own in together
+    ]
     budget = max([micro_batch_tokens, *(len(prompt) + len(response) for prompt, response in sequences)])
     cu_seqlens = torch.tensor([0, *(len(response) for _, response in sequences)]).cumsum(0)
     logps = torch.zeros(int(cu_seqlens[-1]))  # [T]
     scores = score_stream(model, trees, token_budget=budget, accelerator=accelerator)
-    for own, tree, scored in zip(prompts.values(), trees, scores, strict=True):
+    for own, tree, scored in zip(together, trees, scores, strict=True):
         nodes, bounds = sequence_nodes(tree)
         for i, part in zip(own, scored.logps[nodes].split(bounds.diff().tolist()), strict=True):
             logps[cu_seqlens[i] : cu_seqlens[i + 1]] = part
         if progress is not None:
             progress(len(own))
     return logps, cu_seqlens
+
+
+def _sharing(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of prompts that are equal, or begin with the shortest of their list: what a search has grown from one."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(tuple(prompt), []).append(i)
+    found: list[list[int]] = []
+    root: tuple[int, ...] | None = None
+    for prompt in sorted(places):  # what begins with a prompt comes right behind it
+        if root is None or prompt[: len(root)] != root:
+            found.append([])
+            root = prompt
+        found[-1] += places[prompt]
+    return sorted(map(sorted, found))

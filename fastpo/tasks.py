@@ -1,6 +1,6 @@
 """What the training stages minimise: the loss of some items of a batch, supervised or preference, and its records."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -127,8 +127,8 @@ class PreferenceTask(ItemTask):
         self.has_weights = "pairs.weights" not in (() if objective.couple is None else objective.couple.makes)
         if not self.has_weights and any(p.weight != 1 for p in pairs):
             raise FastpoError(f"weights of pairs are not all 1; objective {objective.name} makes pairs of its own")
-        numbers: dict[tuple[int, ...], int] = {}
-        self.prompts = [numbers.setdefault(tuple(p.prompt_ids), len(numbers)) for p in pairs]
+        numbers: dict[Hashable, int] = {}
+        self.prompts = [numbers.setdefault(p.group or tuple(p.prompt_ids), len(numbers)) for p in pairs]
 
     def normalizer(self, batch: Sequence[int]) -> float:
         return len(batch)

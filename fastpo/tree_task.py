@@ -136,7 +136,7 @@ def plan(pairs: Sequence[PairRecord], budget: int) -> list[Row]:
 
 
 def groups(pairs: Sequence[PairRecord]) -> list[list[PairRecord]]:
-    """Pairs that share a prompt or a response, directly or through others."""
+    """Pairs that share a prompt, a response or a search tree, directly or through others."""
     above: dict[Hashable, Hashable] = {}
 
     def top(one: Hashable) -> Hashable:
@@ -148,6 +148,8 @@ def groups(pairs: Sequence[PairRecord]) -> list[list[PairRecord]]:
         for key, prompt, _ in pair.present:
             for one in (key, tuple(prompt)):
                 above[top(one)] = top(tuple(pair.prompt_ids))
+        if pair.group:
+            above[top(("group", pair.group))] = top(tuple(pair.prompt_ids))
     found: dict[Hashable, list[PairRecord]] = {}
     for pair in pairs:
         found.setdefault(top(tuple(pair.prompt_ids)), []).append(pair)

@@ -23,6 +23,7 @@ from fastpo.errors import FastpoError
 from fastpo.models import response_logps
 from fastpo.pairs import PairRecord
 from fastpo.references import Reference
+from fastpo.scoring import TreeScorer
 from fastpo.sharing import tree_response_logps
 from fastpo.tasks import PreferenceTask
 from fastpo.training import TrainConfig, _accumulate_gradients, train_preference
@@ -225,6 +226,45 @@ def test_pairs_that_share_a_response_or_a_prompt_stay_together():
     assert groups(records) == [[records[0], records[3]], [records[1]], [records[2]]]
     mismatched = PairRecord(prompts[2], [9], [5], chosen_key="2/0", others=(("0/0", prompts[0], [5, 6]),))
     assert groups([*records, mismatched]) == [[records[0], records[2], records[3], mismatched], [records[1]]]
+
+
+def searched() -> list[PairRecord]:
+    """Pairs of two search trees: below the prompt, and below steps of the response."""
+    first, second, *steps = random_tokens(6, 6, 5, 4, 3, 6, seed=8)
+    a, b, c, d = steps
+    pairs = [(first, a, b), (first + a, c, d), (second, b, c), (first + a + c, d, b), (second + b, a, d)]
+    return [
+        PairRecord(prompt, chosen, rejected, chosen_key=f"{i}w", rejected_key=f"{i}l", group=str(prompt[:6] == first))
+        for i, (prompt, chosen, rejected) in enumerate(pairs)
+    ]
+
+
+def test_pairs_of_a_search_tree_stay_together():
+    records = searched()
+    assert [[records.index(pair) for pair in group] for group in groups(records)] == [[0, 1, 3], [2, 4]]
+    task = TreePreferenceTask(records, None, objectives.simpo())
+    assert task.prompts == [0, 0, 1, 0, 1]
+    assert_same_step(
+        step(TreePreferenceTask, records, objectives.simpo(), 40),
+        step(PreferenceTask, records, objectives.simpo(), ONE_ROW),
+    )
+
+
+def test_a_search_tree_is_scored_once(monkeypatch):
+    """Its steps stand in the prompts of pairs; each distinct token goes through the model once all the same."""
+    sequences = [(prompt, ids) for pair in searched() for _, prompt, ids in pair.present]
+    nodes, forward = [], TreeScorer.forward
+
+    def counted(self, tree, *arguments):
+        nodes.append(tree.num_nodes)
+        return forward(self, tree, *arguments)
+
+    monkeypatch.setattr(TreeScorer, "forward", counted)
+    found, bounds = tree_response_logps(build(), sequences)
+    paths = [(*prompt, *ids) for prompt, ids in sequences]
+    assert nodes == [len({path[:n] for path in paths for n in range(1, len(path) + 1)})]
+    torch.testing.assert_close(found, response_logps(build(), sequences)[0], rtol=1e-5, atol=1e-5)
+    assert bounds.tolist() == response_logps(build(), sequences)[1].tolist()
 
 
 def test_reference_log_probs_are_those_of_each_response():

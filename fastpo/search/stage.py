@@ -253,6 +253,7 @@ def _record(pair: Row) -> PairRecord:
         rejected_key=pair["rejected"],
         soft_label=pair["soft_label"],
         margin=pair["margin"],
+        group=pair["prompt"],
     )
 
 
