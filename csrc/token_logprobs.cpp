@@ -21,6 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kThreadWork = 4;  // elements here cost a fourth of those that for_each_task counts
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Kernels {
@@ -84,7 +85,10 @@ struct Rows {
         inner_stride(tensor.stride(1) * static_cast<int64_t>(tensor.element_size())) {
     STD_TORCH_CHECK(tensor.size(2) == 1 || tensor.stride(2) == 1, "rows should have a unit last stride");
   }
-  char* operator[](int64_t row) const { return data + row / inner * outer_stride + row % inner * inner_stride; }
+  char* operator[](int64_t row) const {
+    if (row < inner) return data + row * inner_stride;  // all of them where B is 1: divisions are slow
+    return data + row / inner * outer_stride + row % inner * inner_stride;
+  }
 };
 
 // What forward and backward know of their input.
@@ -122,11 +126,14 @@ struct Input {
   int64_t segments() const { return (vocab + kSegment - 1) / kSegment; }
   int64_t segment_size(int64_t segment) const { return std::min(kSegment, vocab - segment * kSegment); }
 
+  bool ignored(int64_t row) const { return labels[row] == ignore_index; }
+
   // Rows that are not ignored, and those that are: each kind is spread evenly over the threads.
-  std::vector<int64_t> rows_where(bool ignored) const {
+  std::vector<int64_t> rows_where(bool is_ignored) const {
     std::vector<int64_t> chosen;
+    chosen.reserve(count);
     for (int64_t row = 0; row < count; ++row) {
-      if ((labels[row] == ignore_index) == ignored) chosen.push_back(row);
+      if (ignored(row) == is_ignored) chosen.push_back(row);
     }
     return chosen;
   }
@@ -200,10 +207,18 @@ void forward(const Input& input, int k, const Outputs& out) {
     kernel(start, input.segment_size(segment), input.scale(row), top, sums);
     return sums;
   };
+  if (segments == 1) {
+    for_each_task(input.count, input.count * input.vocab / kThreadWork, [&](int64_t row) {
+      if (input.ignored(row)) return out.zero(row);
+      Top top(k);
+      finish_row(input, row, segment_sums(row, 0, top), top, out);
+    });
+    return;
+  }
   for (const int64_t row : input.rows_where(true)) out.zero(row);
   const std::vector<int64_t> kept = input.rows_where(false);
-  const int64_t rows = static_cast<int64_t>(kept.size()), elements = rows * input.vocab;
-  if (rows >= 4 * static_cast<int64_t>(torch::stable::get_num_threads()) || segments == 1) {
+  const int64_t rows = static_cast<int64_t>(kept.size()), elements = rows * input.vocab / kThreadWork;
+  if (rows >= 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
     for_each_task(rows, elements, [&](int64_t i) {
       Top top(k);
       SoftmaxSums sums = segment_sums(kept[i], 0, top);
@@ -238,7 +253,8 @@ struct RowBackward {
   // At the label, in double: near p = 1 the two terms of it all but cancel.
   float at_label(const Input& input, float x) const {
     const double logp = (input.softcapped(x) - max) / temperature - log_sum, p = std::exp(logp);
-    double grad = -g * std::expm1(logp) + p * (a + g + c * p) + (p == 0 ? 0 : b * p * logp);
+    const double rest = logp < -1 ? p - 1 : std::expm1(logp);  // p - 1; only near p = 1 does it cancel
+    double grad = -g * rest + p * (a + g + c * p) + (p == 0 ? 0 : b * p * logp);
     if (input.softcap != 0) {
       const double t = std::tanh(static_cast<double>(x) / input.softcap);
       grad *= (1 - t) * (1 + t);
@@ -269,13 +285,20 @@ void backward(const Input& input, const float* normalizer, const float* grad_log
     kernel(x + start, input.segment_size(segment), input.scale(row), back.elsewhere(coefs != nullptr), grad + start);
     if (has_label) put(grad + label, input.type, back.at_label(input, at_label));
   };
+  if (segments == 1) {
+    for_each_task(n, n * input.vocab / kThreadWork, [&](int64_t row) {
+      if (!input.ignored(row)) return segment_grad(row, 0);
+      std::memset(grads[row], 0, input.vocab * input.width);
+    });
+    return;
+  }
   const std::vector<int64_t> ignored = input.rows_where(true), kept = input.rows_where(false);
   const int64_t zeros = static_cast<int64_t>(ignored.size());
   for_each_task(zeros, zeros * input.vocab, [&](int64_t i) {
     std::memset(grads[ignored[i]], 0, input.vocab * input.width);
   });
   const int64_t tasks = static_cast<int64_t>(kept.size()) * segments;
-  for_each_task(tasks, static_cast<int64_t>(kept.size()) * input.vocab, [&](int64_t i) {
+  for_each_task(tasks, static_cast<int64_t>(kept.size()) * input.vocab / kThreadWork, [&](int64_t i) {
     segment_grad(kept[i / segments], i % segments);
   });
 }
@@ -314,6 +337,16 @@ void backward_op(const Tensor logits, const Tensor labels, const std::optional<T
            coefs ? static_cast<const float*>(coefs->const_data_ptr()) : nullptr, grads);
 }
 
+// Whether every label is ignore_index or below vocab.
+bool labels_in_range_op(const Tensor labels, int64_t ignore_index, int64_t vocab) {
+  const int64_t* values = static_cast<const int64_t*>(labels.const_data_ptr());
+  bool fine = true;
+  for (int64_t i = 0, n = labels.numel(); i < n; ++i) {
+    fine &= (values[i] == ignore_index) | ((values[i] >= 0) & (values[i] < vocab));
+  }
+  return fine;
+}
+
 // The elementary functions of simd.h, [n] float32, for the test of their errors.
 void elementary_op(const Tensor x, const Tensor out, int64_t which) {
   kernels().elementary(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()),
@@ -326,5 +359,6 @@ void elementary_op(const Tensor x, const Tensor out, int64_t which) {
 STABLE_TORCH_LIBRARY_IMPL(fastpo_c, CPU, m) {
   m.impl("token_logprobs_forward", TORCH_BOX(&fastpo::forward_op));
   m.impl("token_logprobs_backward", TORCH_BOX(&fastpo::backward_op));
+  m.impl("labels_in_range", TORCH_BOX(&fastpo::labels_in_range_op));
   m.impl("elementary", TORCH_BOX(&fastpo::elementary_op));
 }

@@ -44,7 +44,7 @@ FASTPO_INLINE float largest_of(const T* x, int64_t n) {
 // Adds e^t of x[0:n], t = (y - reference) rate, to the sums; returns the largest x, by which the caller sees whether t
 // stayed below 40. TOP also inserts what is larger than the k-th largest so far.
 template <class T, bool CAPPED, bool MOMENTS, bool TOP>
-static float add_block(const T* x, int64_t n, float reference, float softcap_value, const Rate& rate, double scale,
+FASTPO_INLINE float add_block(const T* x, int64_t n, float reference, float softcap_value, const Rate& rate, double scale,
                        Top& top, SoftmaxSums& sums) {
   const Vf m = set(reference);
   const Cap cap(softcap_value);
@@ -104,13 +104,23 @@ static float softcap_one(float x, float softcap_value) {
 // One read: the exponentials refer to the maximum of the first few columns. Where a block turns out to hold a logit so
 // much larger that its e^t could overflow, the block is done again with that logit as the reference. To refer sum_t to a
 // new maximum takes a difference that costs as many digits as the step is large: with it the steps stay small.
+constexpr int64_t kGlance = 256;
+
+// A short row: the glance sees all of it, and the sums are those of softmax_sums.
+template <class T, bool CAPPED, bool MOMENTS>
+FASTPO_INLINE void short_sums(const T* x, int64_t n, const RowScale& row, Top& top, SoftmaxSums& sums) {
+  sums.max = softcap_one<CAPPED>(largest_of(x, n), row.softcap);
+  const float reference = sums.max == -__builtin_inff() ? 0.f : sums.max;
+  add_block<T, CAPPED, MOMENTS, false>(x, n, reference, row.softcap, Rate(row.rate), row.rate, top, sums);
+}
+
 template <class T, bool CAPPED, bool MOMENTS>
 static void softmax_sums(const void* logits, int64_t n, const RowScale& row, Top& top, SoftmaxSums& sums) {
-  constexpr int64_t kGlance = 256;
   constexpr int64_t kBlock = (MOMENTS ? 128 : 256) * W;  // columns summed in float before they go into a double
   constexpr float kHeadroom = MOMENTS ? 2 : 20;
   const Rate rate(row.rate);
   const T* x = static_cast<const T*>(logits);
+  if (n <= kGlance && top.k == 0) return short_sums<T, CAPPED, MOMENTS>(x, n, row, top, sums);
   float largest = -__builtin_inff();
   const auto add = [&](const T* block, int64_t size, bool with_top) {
     // With nothing but -inf and NaN so far, any finite reference makes 0 of the former and NaN of the latter.

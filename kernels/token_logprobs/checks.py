@@ -34,7 +34,7 @@ def check_arguments(logits, labels, temperature, logit_softcap, stats, topk, lab
 
 def check_values(
     logits: Tensor,  # [B, T, V]
-    labels: Tensor,  # [N]
+    labels: Tensor | None,  # [N]; None: known to be in range
     temperatures: Tensor | None,  # [N]
     label_set: Tensor | None,  # [L]
     ignore_index: int,
@@ -43,9 +43,9 @@ def check_values(
     if not values_checked(logits.device):
         return
     vocab = logits.shape[-1]
-    check_range(
-        "labels", labels, labels != ignore_index, vocab, f"from 0 to {vocab - 1}, or ignore_index ({ignore_index})"
-    )
+    if labels is not None:
+        allowed = f"from 0 to {vocab - 1}, or ignore_index ({ignore_index})"
+        check_range("labels", labels, labels != ignore_index, vocab, allowed)
     check_temperature_values(temperatures)
     check_label_set_values(label_set, vocab)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
 from fastpo.kernels.common.checks import STATS
@@ -30,8 +31,12 @@ Tensor(a!) grad_logits) -> ()"""
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
 _library.define(_FORWARD)
 _library.define(_BACKWARD)
+_library.define("labels_in_range(Tensor labels, int ignore_index, int vocab) -> bool")
 # exp, exp_rate and tanh (which: 0, 1, 2) as the C++ backend computes them, for the test of their errors.
 _library.define("elementary(Tensor x, Tensor(a!) out, int which) -> ()")
+for _name in ("token_logprobs_forward", "token_logprobs_backward"):
+    torch.library.register_fake(f"fastpo_c::{_name}", lambda *_: None, lib=_library)
+torch.library.register_fake("fastpo_c::labels_in_range", lambda *_: True, lib=_library)
 _compiled = SimpleNamespace(
     forward=torch.ops.fastpo_c.token_logprobs_forward, backward=torch.ops.fastpo_c.token_logprobs_backward
 )
@@ -96,10 +101,17 @@ def _forward_op(
     stats: str,  # names, comma-separated
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_values(logits, labels, temperatures, label_set, ignore_index)
-    outputs = _allocate(logits, labels, stats.split(","))
-    backend = OP.pick(logits.device, logits)
     scalars = (temperature, logit_softcap, ignore_index, topk)
+    return _run_forward(OP.pick(logits.device, logits), logits, labels, temperatures, label_set, *scalars, stats)
+
+
+def _run_forward(backend: Backend, logits, labels, temperatures, label_set, *scalars) -> tuple[Tensor, ...]:
+    """``scalars``: temperature, logit_softcap, ignore_index, topk, stats."""
+    *scalars, stats = scalars
+    ignore_index, vocab = scalars[2], logits.shape[-1]
+    in_range = backend.name == "cpu" and torch.ops.fastpo_c.labels_in_range(labels, ignore_index, vocab)
+    check_values(logits, None if in_range else labels, temperatures, label_set, ignore_index)
+    outputs = _allocate(logits, labels, stats.split(","))
     backend.impl.forward(logits, labels, temperatures, label_set, *scalars, *outputs)
     return outputs
 
@@ -165,7 +177,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, temperatures, normalizer, entropy, sum_p2)
     ctx.scalars = (temperature, logit_softcap, ignore_index)
-    ctx.inplace_backward = inplace_backward
+    ctx.inplace_backward, ctx.direct = inplace_backward, False
 
 
 def _backward(ctx, grad_logps, _normalizer, grad_logsumexp, grad_entropy, grad_sum_p2, *_metrics):
@@ -176,6 +188,8 @@ def _backward(ctx, grad_logps, _normalizer, grad_logsumexp, grad_entropy, grad_s
     grad_logps = torch.zeros_like(normalizer[0]) if grad_logps is None else grad_logps.contiguous()
     coefs = _coefs(grad_logps, grad_logsumexp, grad_entropy, grad_sum_p2, entropy, sum_p2)
     args = (labels, temperatures, *ctx.scalars, normalizer, grad_logps, coefs)
+    if ctx.direct:
+        return _direct_backward(logits, ctx.inplace_backward, args), *nothing
     if not ctx.inplace_backward:
         return _backward_op(logits, *args), *nothing
     storage = logits.detach()
@@ -205,6 +219,47 @@ def _coefs(
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# In eager mode: the compiled backends are ops themselves, visible to whatever traces or counts; calling them without
+# the public custom op around them saves 40 us forward and 40 us backward.
+
+
+def _direct_backward(logits: Tensor, inplace: bool, args: tuple) -> Tensor:
+    grad_logits = logits.detach() if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _compiled.backward(logits, *args, grad_logits)
+    if inplace:
+        torch.autograd.graph.increment_version(grad_logits)  # so that autograd notices, as for any operation in place
+    return grad_logits
+
+
+class _Direct(torch.autograd.Function):
+    """``apply(backend, *the arguments of the op)``, for a compiled backend."""
+
+    @staticmethod
+    def forward(ctx, backend: Backend, *inputs) -> tuple[Tensor, ...]:
+        output = _run_forward(backend, *inputs[:-1])
+        _setup_context(ctx, inputs, output)
+        ctx.direct = True
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads) -> tuple:
+        return None, *_backward(ctx, *grads)
+
+
+def _forward(*args) -> tuple[Tensor, ...]:
+    """The op, by the shortest way."""
+    logits = args[0]
+    if torch.compiler.is_compiling():
+        return _forward_op(*args)
+    backend = OP.pick(logits.device, logits)
+    if backend.impl is not _compiled:
+        return _forward_op(*args)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Direct.apply(backend, *args)
+    return _run_forward(backend, *args[:-1])
 
 
 def token_logprobs(
@@ -270,7 +325,7 @@ def token_logprobs(
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
         check_overwritable(logits)
     temperatures = temperature if isinstance(temperature, Tensor) else None
-    logps, _, *values = _forward_op(
+    logps, _, *values = _forward(
         _as_rows(logits),
         labels.reshape(-1).to(torch.int64).contiguous(),
         None if temperatures is None else temperatures.reshape(-1).to(_accumulator(logits.dtype)).contiguous(),
