@@ -19,12 +19,12 @@ from fastpo.data import Codec, evaluation_prompts, read_rows, training_prompts
 from fastpo.errors import FastpoError, RunError
 from fastpo.estimate import describe
 from fastpo.loop import Loop, train
-from fastpo.models import PromptResponse, load_model, load_tokenizer
+from fastpo.models import PromptResponse, load_model, load_tokenizer, vocabulary
 from fastpo.pairs import build_pairs, explain_no_pairs
 from fastpo.report import write_report
 from fastpo.rewards import Scorer, load_reward
 from fastpo.run import BUILT_MODELS, context_of, make_accelerator
-from fastpo.score_files import Parts, parse_scored, score_rows, settings_of, write_scores
+from fastpo.score_files import Parts, check_known, parse_scored, score_rows, settings_of, write_scores
 
 
 def run_train(config: Config, arguments: argparse.Namespace) -> None:
@@ -208,6 +208,7 @@ def run_score(config: Config, arguments: argparse.Namespace) -> None:
     lengths = [max(len(prompt) + len(response) for prompt, response in own) for _, own in numbered]
     kept = codec.fitting(numbered, lengths, lambda n: f"{path}, line {n[0].line}")
     rows, sequences = [row for row, _ in kept], [own for _, own in kept]
+    check_known(rows, sequences, vocabulary(model), path)
     settings = {name: getattr(config, name) for name in (*_fields(keys.ModelKeys), *_fields(keys.DataKeys))}
     out, counts = Path(arguments.out), [len(own) for own in sequences]
     parts = Parts(out, settings_of(path, config.model, settings))

@@ -68,6 +68,11 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None
 
 
+def vocabulary(model: Any) -> int:
+    """How many tokens the model, plain or wrapped by peft, has embeddings of."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
 def check_sequences(sequences: Sequence[PromptResponse], context: int | None, name: str) -> None:
     """One line for the first of ``sequences`` that cannot be scored: an empty part, or longer than the context."""
     for i, (prompt, response) in enumerate(sequences):

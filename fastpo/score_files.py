@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpo.artifacts import file_digest, read_json, read_tensors, write_json, write_jsonl, write_tensors
 from fastpo.data import Codec, parse_demonstration
+from fastpo.errors import FastpoError
 from fastpo.models import PromptResponse
 
 _PART = 8  # micro-batches that make a part: what a kill costs at most
@@ -57,6 +58,18 @@ def parse_scored(row: dict[str, Any], line: int) -> ScoredRow:
         raise ValueError(f"'responses' is {responses!r}, it should be a list of at least one text")
     found = [parse_demonstration({**row, "response": text}, line) for text in responses]
     return ScoredRow(line, {"prompt": found[0].prompt, "responses": [one.response for one in found]}, "responses")
+
+
+def check_known(
+    rows: Sequence[ScoredRow], sequences: Sequence[list[PromptResponse]], vocabulary: int, path: str
+) -> None:
+    """FastpoError for the first row of token ids that a model with so many tokens does not know."""
+    for row, own in zip(rows, sequences, strict=True):
+        largest = max(max(*prompt, *response) for prompt, response in own)
+        if largest >= vocabulary:
+            raise FastpoError(
+                f"{path}:{row.line}: 'tokens' holds {largest}; it should hold ids below {vocabulary}, the model's"
+            )
 
 
 class Parts:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastpo.attention import enable, transformers_model, tree_inputs
 from fastpo.errors import FastpoError
 from fastpo.integrations.head import Head, check_head, evaluating, hidden_states
-from fastpo.models import context_length
+from fastpo.models import context_length, vocabulary
 from fastpo.trees import pack, sequence_nodes, trained_nodes
 from fastpo.types import TokenTree
 
@@ -109,13 +109,14 @@ def score_stream(
     that count.
 
     Raises FastpoError for a model that cannot take trees, and before a tree's row is run for a path that is longer than
-    the model's context or than ``token_budget``.
+    the model's context or than ``token_budget``, and for a token that the model does not know.
     """
     scorer, context = TreeScorer(model), context_length(transformers_model(model))
     run = _Run(scorer, token_budget, tuple(stats), topk, accelerator)
     waiting: list[TokenTree] = []
     for number, tree in enumerate(trees):
         _check_depth(tree, number, context, token_budget)
+        _check_tokens(tree, number, scorer.model)
         waiting.append(tree)
         if sum(t.num_nodes for t in waiting) >= _ROWS_AHEAD * token_budget:
             yield from _reported(run.scores(waiting), progress)
@@ -184,6 +185,14 @@ def _check_depth(tree: TokenTree, number: int, context: int | None, token_budget
     if longest > token_budget:
         raise FastpoError(
             f"token_budget is {token_budget}; it should be at least {longest}, the longest path of trees[{number}]"
+        )
+
+
+def _check_tokens(tree: TokenTree, number: int, model: Any) -> None:
+    largest, known = int(tree.tokens.max()) if tree.num_nodes else 0, vocabulary(model)
+    if largest >= known:
+        raise FastpoError(
+            f"trees[{number}] holds the token {largest}; it should hold tokens below {known}, the model's"
         )
 
 

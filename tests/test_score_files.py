@@ -36,6 +36,14 @@ ROWS = [
 ]
 
 
+def test_tokens_that_the_model_does_not_know(model_folder, tmp_path, capsys):
+    write_jsonl(tmp_path / "in.jsonl", [*ROWS, {"tokens": [5, 6, 10**6], "start": 1}])
+    command = ("score", tmp_path / "in.jsonl", "--model", model_folder, "--out", tmp_path / "out.jsonl")
+    code, _, error = run(capsys, *command)
+    assert code == 2 and "in.jsonl:5: 'tokens' holds 1000000; it should hold ids below" in error
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl"}, "nothing was scored, nothing is left"
+
+
 def test_every_form_of_row(model_folder, tmp_path, capsys):
     write_jsonl(tmp_path / "in.jsonl", ROWS)
     command = ("score", tmp_path / "in.jsonl", "--model", model_folder)

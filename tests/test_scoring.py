@@ -102,6 +102,12 @@ def test_a_path_beyond_the_context(model):
         fastpo.score(model, trees)
 
 
+def test_a_token_that_the_model_does_not_know(model):
+    known = model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(FastpoError, match=rf"trees\[0\] holds the token {known}; it should hold tokens below {known}"):
+        fastpo.score(model, [fastpo.build_tree([[1, 2, known]], 1)])
+
+
 def test_a_budget_that_is_too_small(model):
     with pytest.raises(FastpoError, match="token_budget is 8; it should be at least 18, the longest path of trees"):
         fastpo.score(model, [tree()], token_budget=8)

@@ -6,6 +6,7 @@ Tests with "small" in their name are quick enough for compute-sanitizer.
 import pytest
 import torch
 from linear_token_logprobs_cases import DTYPES, HEADS, LEAVES, SHAPES, TILES, budget, check, problem
+from one_backend import one_backend
 
 from fastpo.kernels.linear_token_logprobs import linear_token_logprobs, planning
 from fastpo.kernels.linear_token_logprobs.op import OP
@@ -17,14 +18,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def backend(request, monkeypatch):
-    """Forces one backend, which raises where it cannot run: nothing else stands in for it."""
-    (found,) = (b for b in OP.backends if b.name == request.param)
-    reason = found.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setenv("FASTPO_BACKEND", request.param)
+backend = one_backend(OP, "triton", "torch")
 
 
 def on_gpu(tensors, labels, settings):

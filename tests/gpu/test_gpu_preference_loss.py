@@ -6,6 +6,7 @@ split over blocks. Tests with "small" in their name are quick enough for compute
 
 import pytest
 import torch
+from one_backend import one_backend
 from preference_loss_cases import COLUMNS, LISTED, TOKEN_FIELDS, Batch, check
 
 from fastpo import objectives
@@ -28,15 +29,7 @@ PAIRED = [(i, i + 1000) for i in range(1000)]
 LONG = (200_001, 99_999, 1, 130_000)
 
 
-@pytest.fixture(params=["cuda", "triton"], autouse=True)
-def backend(request, monkeypatch):
-    """Forces one backend, which raises where it cannot run: nothing else stands in for it."""
-    (found,) = (b for b in OP.backends if b.name == request.param)
-    reason = found.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setenv("FASTPO_BACKEND", request.param)
-    return request.param
+backend = one_backend(OP, "cuda", "triton")
 
 
 def plain_batch(num_pairs: int = 1000) -> tuple[torch.Tensor, torch.Tensor, Segments, Pairs]:

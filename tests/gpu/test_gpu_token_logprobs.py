@@ -6,6 +6,7 @@ of a row over blocks (few rows). Tests with "small" in their name are quick enou
 
 import pytest
 import torch
+from one_backend import one_backend
 from token_logprobs_cases import DTYPES, check, rows
 
 from fastpo.kernels.token_logprobs import STATS, token_logprobs
@@ -26,15 +27,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["cuda", "triton", "torch"], autouse=True)
-def backend(request, monkeypatch):
-    """Forces one backend, which raises where it cannot run: nothing else stands in for it."""
-    (found,) = (b for b in OP.backends if b.name == request.param)
-    reason = found.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setenv("FASTPO_BACKEND", request.param)
-    return request.param
+backend = one_backend(OP, "cuda", "triton", "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

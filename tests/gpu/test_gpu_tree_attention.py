@@ -5,6 +5,7 @@ Tests with "small" in their name are quick enough for compute-sanitizer.
 
 import pytest
 import torch
+from one_backend import one_backend
 from tree_attention_cases import chain, check, fan, random_forest, tensors
 
 from fastpo import attention_blocks, tree_attention
@@ -26,15 +27,7 @@ FORESTS = {
 }
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def backend(request, monkeypatch):
-    """Forces one backend, which raises where it cannot run: nothing else stands in for it."""
-    (found,) = (b for b in OP.backends if b.name == request.param)
-    reason = found.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    monkeypatch.setenv("FASTPO_BACKEND", request.param)
-    return request.param
+backend = one_backend(OP, "triton", "torch")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
