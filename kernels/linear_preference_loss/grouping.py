@@ -9,11 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastpo.kernels.linear_token_logprobs.planning import Plan, tile_memory
+from fastpo.kernels.linear_token_logprobs.planning import Plan, largest_chunk
 from fastpo.kernels.linear_token_logprobs.planning import plan as plan_head
 from fastpo.types import Pairs, Segments
-
-_LEAST_CHUNK = 512  # rows of a tile that GEMMs run at nearly their full rate with
 
 
 @dataclass(frozen=True)
@@ -131,28 +129,21 @@ class Costs:
         return plan if lent_rows == 0 or num_rows == 0 else self._with_loan(plan, num_rows, lent_rows)
 
     def _with_loan(self, plan: Plan, num_rows: int, most: int) -> Plan:
-        """Whole chunks of rows are lent memory: chunks are made to fit it, of equal size if the budget allows.
+        """The plan with what the gradient's memory holds: whole chunks of up to ``most`` rows, or tiles of a larger one.
 
-        Small chunks cost more time than the memory is worth: without need none is lent.
+        The gradient is written tile after tile of the vocabulary, each when the kept tile of the same entries has been
+        read. One chunk of ``most`` rows or more may hence lie there from the start: its tiles are as large as theirs of
+        the gradient or larger, so none is overwritten before its turn.
         """
-        if most < min(plan.row_chunk, _LEAST_CHUNK) and whole(plan):
-            return plan
-        largest = min(plan.row_chunk, most)
-        tile_bytes = tile_memory(largest, plan.vocab_tile, self.hidden_size, max(4, self.like.dtype.itemsize))
-        room = plan.kept_elements + (plan.tile_bytes - tile_bytes) // self.like.itemsize
-        own = room // self.vocab_size
-        equal = -(-num_rows // -(-num_rows // largest))
-        chunk = equal if num_rows <= most // equal * equal + own else largest
-        lent = min(num_rows, most // chunk * chunk)
-        kept = min(room, (num_rows - lent) * self.vocab_size)
-        return replace(
-            plan,
-            row_chunk=chunk,
-            tile_bytes=tile_bytes,
-            kept_elements=kept,
-            kept_bytes=kept * self.like.itemsize,
-            lent_elements=lent * self.vocab_size,
-        )
+        chunk = min(plan.row_chunk, num_rows)
+        if chunk <= most:
+            lent = min(num_rows, most // chunk * chunk) * self.vocab_size
+        else:
+            columns = most * self.vocab_size // chunk
+            lent = chunk * (columns // plan.vocab_tile * plan.vocab_tile)
+        kept = min(plan.kept_elements, plan.elements - lent)
+        kept_bytes = kept * self.like.itemsize
+        return replace(plan, kept_elements=kept, kept_bytes=kept_bytes, lent_elements=lent)
 
     def capacity(self, most: int, lent_rows: int = 0) -> int:
         """The largest number of rows, at most ``most``, that the budget and the loan hold with all of their logits."""
@@ -207,6 +198,9 @@ def _numbers(sizes: list[int], costs: Costs) -> tuple[bool, list[int]]:
     if costs.capacity(total, costs.lent_rows(wide_sums=False)) == total:
         return False, [0] * len(sizes)
     first_room = costs.capacity(total, costs.lent_rows(wide_sums=True))
+    chunk = largest_chunk(costs.like.device.type)
+    if first_room > chunk:  # chunks of full size: small ones run at a lower rate
+        first_room = first_room // chunk * chunk
     return True, fill(sizes, first_room, costs.capacity(total))
 
 

@@ -190,16 +190,24 @@ class Known:
 
 @dataclass(frozen=True)
 class LentState(State):
-    """A state whose first chunks are kept in memory that the weight's gradient will overwrite, tile after tile."""
+    """A state whose first tiles are kept in memory that the weight's gradient will overwrite, tile after tile.
 
-    lent: Tensor  # [V * L], of the weight's type; the tile at vocabulary entry v begins at v L
-    lent_rows: int  # at most L
+    Chunks of at most L rows lie there side by side, tile by tile; of a larger chunk the first tiles, one after another
+    (Costs._with_loan says why that is safe).
+    """
+
+    lent: Tensor  # [V * L], of the weight's type
+    lent_elements: int  # of them used
+    row_chunk: int  # rows of a tile
 
     def kept_tile(self, first_row: int, rows: int, start: int, columns: int, vocab_size: int) -> Tensor | None:
-        if first_row >= self.lent_rows:
-            return super().kept_tile(first_row - self.lent_rows, rows, start, columns, vocab_size)
-        at = start * (self.lent.shape[0] // vocab_size) + first_row * columns
-        return gemm.kept_tile(self.lent[at : at + rows * columns], rows, columns)
+        at, size = first_row * vocab_size + rows * start, rows * columns  # where all tiles stood one after another
+        if at >= self.lent_elements:
+            return self.tile_at(at - self.lent_elements, rows, columns)
+        most = self.lent.shape[0] // vocab_size
+        if self.row_chunk <= most:
+            at = start * most + first_row * columns
+        return gemm.kept_tile(self.lent[at : at + size], rows, columns)
 
 
 def _state(inputs: Inputs, batch: Batch, plan: Plan, totals: "Totals", with_hidden: bool, topk: int) -> State:
@@ -215,10 +223,11 @@ def _state(inputs: Inputs, batch: Batch, plan: Plan, totals: "Totals", with_hidd
         top=new(rows, topk) if topk else None,
         product=new(batch.x.shape, dtype=wide) if with_hidden else None,
         lora_product=new(batch.u.shape, dtype=wide) if with_hidden and batch.u is not None else None,
-        kept=totals.kept[: plan.kept_elements],
+        kept=prefault(totals.kept[: plan.kept_elements]),  # no more than this group needs
         references=new(tiles, rows),
         lent=lent,
-        lent_rows=plan.lent_elements // inputs.weight.shape[0],
+        lent_elements=plan.lent_elements,
+        row_chunk=plan.row_chunk,
     )
 
 
@@ -231,7 +240,7 @@ class Totals:
         self.wide_sums = plan.wide_sums
         self.first = True
         elements = max((each.head.kept_elements for each in plan.groups), default=0)
-        self.kept = prefault(inputs.weight.new_empty(elements))  # for all groups in turn
+        self.kept = inputs.weight.new_empty(elements)  # for all groups in turn
         self.sums = {name: self._sum(name) for name, needed in zip(HEAD_GRADS, wanted.head, strict=True) if needed}
 
     def _sum(self, name: str) -> Tensor:

@@ -99,10 +99,13 @@ class State:
 
     def kept_tile(self, first_row: int, rows: int, start: int, columns: int, vocab_size: int) -> Tensor | None:
         """The place of a tile [rows, columns] among the kept ones; None beyond their number."""
-        offset, size = first_row * vocab_size + rows * start, rows * columns
-        if offset + size > self.kept.numel():
+        return self.tile_at(first_row * vocab_size + rows * start, rows, columns)
+
+    def tile_at(self, offset: int, rows: int, columns: int) -> Tensor | None:
+        """A tile of ``kept``, as the GEMMs take it; None beyond its end."""
+        if offset + rows * columns > self.kept.numel():
             return None
-        return gemm.kept_tile(self.kept[offset : offset + size], rows, columns)
+        return gemm.kept_tile(self.kept[offset : offset + rows * columns], rows, columns)
 
 
 def _tiles(vocab_size: int, width: int) -> Iterator[tuple[int, int, int]]:

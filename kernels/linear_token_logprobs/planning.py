@@ -10,7 +10,7 @@ DEFAULT_BUDGET = 2**30  # bytes, besides the state that grows with the rows
 _LARGEST_TILE = {"cpu": (2048, 1024), "cuda": (8192, 8192)}
 _SMALLEST_VOCAB = 128
 # What a CPU's allocator holds beyond what is in use: scratch of the GEMM library, freed blocks. Small budgets: nothing.
-_OVERHEAD, _OVERHEAD_FROM = 3 * 2**21, 2**26
+_OVERHEAD, _OVERHEAD_FROM = 7 * 2**20, 2**26
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,9 @@ def plan(
     if device == "cpu" and memory_budget is not None and memory_budget >= _OVERHEAD_FROM:
         state += _OVERHEAD
     room = DEFAULT_BUDGET if memory_budget is None else memory_budget - state
-    largest_rows, largest_vocab = _LARGEST_TILE["cpu" if device == "cpu" else "cuda"]
-    largest = (min(largest_rows, max(num_rows, 1)), largest_vocab)
-    rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, largest)
-    tile = tile_memory(rows, vocab, hidden_size, wide)
+    rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, device, num_rows)
+    rows = -(-num_rows // -(-num_rows // rows)) if num_rows else rows  # chunks of equal size
+    tile = _tile_memory(rows, vocab, hidden_size, wide, device)
     if tile > room:
         raise ValueError(
             f"memory_budget is {memory_budget} bytes; it should be at least {state + tile}: {state} for the state of "
@@ -107,15 +106,25 @@ def plan(
     return Plan(hidden_grad, head_grad, rows, vocab, elements, kept, state, tile, kept * dtype.itemsize)
 
 
-def tile_memory(rows: int, vocab: int, hidden_size: int, wide: int) -> int:
-    """Logits and what becomes of them, the weight's tile as the GEMM packs it, its gradient, a product [rows, H]."""
-    return wide * (2 * rows * vocab + 2 * vocab * hidden_size + rows * hidden_size)
+def largest_chunk(device: str) -> int:
+    """Rows of the largest tile."""
+    return _LARGEST_TILE["cpu" if device == "cpu" else "cuda"][0]
 
 
-def _tile_shape(room: int, vocab_size: int, hidden_size: int, wide: int, largest: tuple[int, int]) -> tuple[int, int]:
+def _tile_memory(rows: int, vocab: int, hidden_size: int, wide: int, device: str) -> int:
+    """Logits and what becomes of them, the weight's tile as the GEMM packs it, its gradient, a product [rows, H].
+
+    On a CPU what becomes of the logits takes their place.
+    """
+    tiles = 1 if device == "cpu" else 2
+    return wide * (tiles * rows * vocab + 2 * vocab * hidden_size + rows * hidden_size)
+
+
+def _tile_shape(room: int, vocab_size: int, hidden_size: int, wide: int, device: str, num_rows: int) -> tuple[int, int]:
     """The largest tile (rows, vocab) that takes at most half the room, or the smallest there is."""
-    rows, vocab = largest[0], min(largest[1], vocab_size)
-    while tile_memory(rows, vocab, hidden_size, wide) > room // 2 and (rows > 1 or vocab > _SMALLEST_VOCAB):
+    rows, vocab = _LARGEST_TILE["cpu" if device == "cpu" else "cuda"]
+    rows, vocab = min(rows, max(num_rows, 1)), min(vocab, vocab_size)
+    while _tile_memory(rows, vocab, hidden_size, wide, device) > room // 2 and (rows > 1 or vocab > _SMALLEST_VOCAB):
         if vocab > _SMALLEST_VOCAB and vocab * hidden_size > rows * (vocab + hidden_size):
             vocab = max(vocab // 2, _SMALLEST_VOCAB)
         elif rows > 1:
