@@ -201,6 +201,21 @@ FASTPO_INLINE void transpose(Vf (&x)[W]) {
 }
 #endif
 
+// Whether vectors at p + i step, i = 0, 1, ..., are whole lines of the cache, which may go to memory past it.
+template <class T>
+FASTPO_INLINE bool streams(const T* p, int64_t step) {
+  return sizeof(T) * W == 64 && (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(step) * sizeof(T)) % 64 == 0;
+}
+
+// Stores what is not read again soon: without reading the line first.
+template <class T>
+FASTPO_INLINE void stream(T* p, Vf x) {
+#if FASTPO_SIMD_BITS == 512
+  if constexpr (sizeof(T) == 4) return _mm512_stream_ps(p, x);
+#endif
+  store(p, x);
+}
+
 // out[i * row_stride + j * column_stride] = e[i * stride + j], one of the strides being 1.
 template <class T>
 static void copy_rows(const float* e, int64_t stride, int64_t rows, int64_t n, T* out, int64_t row_stride,
@@ -221,6 +236,10 @@ static void copy_rows(const float* e, int64_t stride, int64_t rows, int64_t n, T
       for (int i = 0; i < count; ++i) block[i] = load_some(e + (first + i) * stride + j, width, 0.f);
       for (int i = count; i < W; ++i) block[i] = set(0.f);
       transpose(block);
+      if (count == W && streams(out + first, column_stride)) {
+        for (int v = 0; v < width; ++v) stream(out + (j + v) * column_stride + first, block[v]);
+        continue;
+      }
       for (int v = 0; v < width; ++v) store_some(out + (j + v) * column_stride + first, block[v], count);
     }
   }

@@ -7,11 +7,13 @@ import pytest
 import torch
 from linear_preference_loss_cases import (  # noqa: F401
     BUDGETS,
+    DTYPES,
     HEADS,
     H,
     Problem,
     V,
     backend,
+    check,
     counted_operations,
     small_tiles,
 )
@@ -70,13 +72,25 @@ def test_the_gradient_of_the_weight_lends_its_memory():
         assert several.groups[0].rows > 50 * wide and several.groups[0].head.gemms == 3
 
 
-def test_no_memory_is_lent_where_tiles_would_get_small(monkeypatch):
-    """The weight's gradient holds logits of H = 64 rows, taken where the budget holds too few and only there."""
-    monkeypatch.setattr(planning, "_LARGEST_TILE", {"cpu": (2048, 1024)})
-    given = (Segments(torch.tensor([0, 500, 1000])), Pairs(torch.tensor([[0, 1]])), 5000, 64)
-    (free,), (tight,) = plan(*given).groups, plan(*given, memory_budget=20_000_000).groups
-    assert free.head.lent_elements == 0 and free.head.row_chunk == 1000
-    assert tight.head.lent_elements > 0 and tight.head.row_chunk <= 64
+@pytest.mark.parametrize("most", [40, 80])
+def test_a_chunk_of_more_rows_than_the_gradient_holds_lies_there_in_part(monkeypatch, most):
+    """65 rows in two chunks or one, where the gradient has room for H = 16: the first tiles of the first chunk."""
+    monkeypatch.setattr(planning, "_LARGEST_TILE", {"cpu": (most, 32)})
+    problem = Problem(objectives.irpo())
+    (group,) = plan(problem.segments(), Pairs(problem.index), V, H, memory_budget=100_000).groups
+    chunk = group.head.row_chunk
+    assert group.rows == 65 and chunk == (33 if most == 40 else 65) and group.head.gemms == 3
+    assert group.head.lent_elements == chunk * (H * V // chunk // 32 * 32) > 0
+    for dtype in DTYPES:
+        check(problem, dtype, memory_budget=100_000)
+
+
+def test_chunks_are_of_full_size_where_there_are_several_groups(monkeypatch):
+    """A first group of more rows than a tile takes has a multiple of them."""
+    cu_seqlens, index = torch.arange(101) * 8, torch.arange(100).view(-1, 2)
+    monkeypatch.setattr(planning, "_LARGEST_TILE", {"cpu": (64, 128)})
+    first, *others = plan(Segments(cu_seqlens), Pairs(index), 3000, 64, memory_budget=1_500_000).groups
+    assert others and first.rows == first.head.row_chunk * (first.rows // 64) and first.head.row_chunk == 64
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())

@@ -6,7 +6,7 @@ import torch
 
 DEFAULT_BUDGET = 2**30  # bytes, besides the state that grows with the rows
 # Rows x vocabulary entries of a tile: large enough for the GEMM library's full rate; on a CPU the tile also stays in
-# the last-level cache between the GEMMs.
+# the last-level cache between the GEMMs, and is twice as wide where there are half the rows or fewer.
 _LARGEST_TILE = {"cpu": (2048, 1024), "cuda": (8192, 8192)}
 _SMALLEST_VOCAB = 128
 # What a CPU's allocator holds beyond what is in use: scratch of the GEMM library, freed blocks. Small budgets: nothing.
@@ -123,6 +123,8 @@ def _tile_memory(rows: int, vocab: int, hidden_size: int, wide: int, device: str
 def _tile_shape(room: int, vocab_size: int, hidden_size: int, wide: int, device: str, num_rows: int) -> tuple[int, int]:
     """The largest tile (rows, vocab) that takes at most half the room, or the smallest there is."""
     rows, vocab = _LARGEST_TILE["cpu" if device == "cpu" else "cuda"]
+    if device == "cpu" and 2 * num_rows <= rows:
+        vocab *= 2
     rows, vocab = min(rows, max(num_rows, 1)), min(vocab, vocab_size)
     while _tile_memory(rows, vocab, hidden_size, wide, device) > room // 2 and (rows > 1 or vocab > _SMALLEST_VOCAB):
         if vocab > _SMALLEST_VOCAB and vocab * hidden_size > rows * (vocab + hidden_size):
