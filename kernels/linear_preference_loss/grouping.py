@@ -129,7 +129,7 @@ class Costs:
         return plan if lent_rows == 0 or num_rows == 0 else self._with_loan(plan, num_rows, lent_rows)
 
     def _with_loan(self, plan: Plan, num_rows: int, most: int) -> Plan:
-        """The plan with what the gradient's memory holds: chunks of up to ``most`` rows, or first tiles of a larger one.
+        """The plan with what the gradient's memory holds: chunks of up to ``most`` rows, or first tiles of a larger.
 
         The gradient is written tile after tile of the vocabulary, each when the kept tile of the same entries has been
         read. One chunk of ``most`` rows or more may hence lie there from the start: its tiles are as large as theirs of
