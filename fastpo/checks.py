@@ -20,6 +20,11 @@ def check(config: Config) -> None:
             f"model {config.model} starts untrained and would sample noise; give warm_start (demonstrations), or a "
             "trained model's path"
         )
+    check_keys(config)
+
+
+def check_keys(config: Config) -> None:
+    """FastpoError for keys that do not go together, or would do nothing beside the others."""
     if config.pair_rule == "tiers" and config.length_rho >= 0.5:
         raise FastpoError(f"length_rho is {config.length_rho}; it should be below 0.5 with pair_rule tiers")
     if config.pair_rule == "list" and config.pairs_per_prompt < 2:

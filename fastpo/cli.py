@@ -225,6 +225,11 @@ def _run(name: str, argv: list[str]) -> int:
     if name == "info":
         from fastpo import info
 
+        if argv in (["--help"], ["-h"]):
+            print(info.__doc__)
+            return 0
+        if argv:
+            raise FastpoError(f"info takes no arguments, not {argv[0]}")
         return info.main() or 0
     from fastpo import commands
 

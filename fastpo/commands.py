@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpo import config as keys
 from fastpo import convert, info, stages
 from fastpo.artifacts import read_jsonl, write_json, write_jsonl
-from fastpo.checks import iterations_of
+from fastpo.checks import check_keys, iterations_of
 from fastpo.cli import Command
 from fastpo.config import Config
 from fastpo.console import Display, results_table
@@ -150,6 +150,9 @@ def run_pairs(config: Config, arguments: argparse.Namespace) -> None:
     example:
       fastpo pairs --input samples.jsonl --reward math --pairs_per_prompt 10 --out preferences.jsonl
     """
+    check_keys(config)
+    if config.pair_rule == "judgements":
+        raise FastpoError("pair_rule judgements needs a model that judges: fastpo train has one")
     samples = read_jsonl(_needed(arguments.input, "input"))
     for number, row in enumerate(samples, start=1):
         if not {"id", "prompt", "row", "responses"} <= row.keys():

@@ -139,7 +139,10 @@ def train_preference(
     """
     sharing = config.sharing and not needs_kl(objective)
     if config.sharing and not sharing:
-        logger.warning("objective %s takes the KL of whole distributions: trained without sharing", objective.name)
+        logger.warning(
+            "objective %s takes the KL of whole distributions: trained response by response, as with --no_sharing",
+            objective.name,
+        )
     task = (TreePreferenceTask if sharing else PreferenceTask)(pairs, reference, objective)
     for at, name in enumerate(("chosen", "rejected")):
         sequences = [p.members[at][1:] for p in pairs if p.members[at][0] or not p.present]
