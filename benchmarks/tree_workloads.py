@@ -8,14 +8,20 @@ of 1,024 tokens; C, search trees 2-2-2 and 5-3-3-2-2 with steps of 32-128 tokens
 forward alone of fastpo against FlexAttention. Loss and gradients of all are compared before any time counts.
 
 GEMMs are most of the work and their library is no merit of trees, so the rows that sharing is judged by run every way
-on oneDNN (``fastpo.models.onednn_matmul``); rows called "default" run every way on what torch takes by itself.
-Peak memory is the rise of the process's resident memory in a way's first run, after freed memory was handed back.
+on oneDNN (``fastpo.models.onednn_matmul``); rows called "default" (``--gemm default``) run every way on what torch
+takes by itself. Likewise every way runs in a process that keeps freed memory (``fastpo.memory``), as ``fastpo train``
+does. Each way first runs its largest micro-batch, untimed: peak memory is the rise of the process's resident memory in
+that run, after freed memory was handed back. Then all take turns: one step each, checked against each other, and in
+``--seconds`` more of those that take no longer than that.
 
 A model of 50M parameters with a vocabulary of 32,000 has a third of them in its LM head, where prompts cost nothing
 and sharing saves less; a model of 8B has a fifteenth. ``--vocabulary 8192``, the size of the tokenizer used here, gives
-a head of a twelfth, and more layers. Compare ``ceiling``, of tokens, with ``work_ceiling``, of operations.
+a head of a twelfth, and more layers. Compare ``ceiling``, of tokens, with ``work_ceiling``, of operations: those of the
+matrix products and of the attention.
 
-Rows go to results/trees.csv as each workload ends. Takes some 12 minutes on 4 quiet cores.
+Rows go to results/trees.csv as each workload ends. Takes some 8 minutes on 4 quiet cores, of which TRL's step on the
+largest trees takes more than two: ``--ways fastpo paths dense`` leaves it out. One round of all but that workload,
+``--workloads A B C2 --seconds 0``, takes some 3 minutes.
 """
 
 import argparse
@@ -24,7 +30,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -42,11 +48,13 @@ from rich.table import Table  # noqa: E402
 from tree_data import Workload, read_questions, search_workload, solutions_workload  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
-from fastpo import build_tree  # noqa: E402
+from fastpo import TokenTree, build_tree  # noqa: E402
+from fastpo.memory import keep_freed_memory  # noqa: E402
 from fastpo.models import onednn_matmul  # noqa: E402
 from fastpo.scoring import TreeScorer  # noqa: E402
 from fastpo.trees import trained_nodes  # noqa: E402
 
+WAYS = ("fastpo", "paths", "dense", "trl")
 RESULTS = ROOT / "benchmarks" / "results" / "trees.csv"
 
 
@@ -76,19 +84,22 @@ class Row:
     time_ratio: float  # p50 over fastpo's p50 of the same mode
     ceiling: float  # run_tokens over distinct_tokens
     ceiling_share: float  # time_ratio / ceiling
-    work_ceiling: float  # operations of the matrix products over fastpo's: prompts are in the layers, not in the head
+    work_ceiling: float  # operations over fastpo's: prompts are in the layers, not in the head
 
 
 @dataclass(frozen=True)
 class Way:
-    run: Callable[[], object]
+    run: Callable[[], object]  # a step
+    warm: Callable[[], object]  # its largest micro-batch
     tokens: int
     head_tokens: int
+    scores: int  # pairs of a token and one that it attends to
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     console = Console()
     questions, data = read_questions(arguments.data, 12)
     console.print(f"data: {data}; {arguments.threads} threads")
@@ -112,11 +123,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=int, default=8192, help="most tokens of a forward, padding included")
     parser.add_argument("--trl-budget", type=int, default=ways.TRL_BUDGET, help="the same of TRL, which is fastest so")
-    parser.add_argument("--seconds", type=float, default=40, help="of repetitions of each workload, beyond the first")
+    parser.add_argument("--seconds", type=float, default=16, help="of rounds of each workload, beyond the first")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="fastpo always runs")
     names = ["A", "B", "C2", "C2-steps", "C5", "C5-steps"]
-    parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C2-steps", "C5"], choices=names)
+    parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C5"], choices=names)
     parser.add_argument("--vocabulary", type=int, default=ways.VOCABULARY, help="at least 8192")
-    parser.add_argument("--gemm", nargs="+", default=["oneDNN", "default"], choices=["oneDNN", "default"])
+    parser.add_argument("--gemm", nargs="+", default=["oneDNN"], choices=["oneDNN", "default"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="small model, small trees, rows to no file")
     return parser.parse_args()
@@ -148,34 +160,52 @@ def measure(
 ) -> list[Row]:
     budget = arguments.budget
     shared, paths = ways.shared_rows(workload, budget), ways.path_rows(workload, budget)
-    batches = ways.trl_batches(workload, arguments.trl_budget)
+    batches = ways.trl_batches(workload, budget)
     distinct = sum(build_tree(*tree).num_nodes for tree in zip(workload.trees, workload.starts, strict=True))
-    ours = sum(row.tree.num_nodes for row in shared), sum(ways.predictors(row.tree) for row in shared)
-    chains = sum(row.tree.num_nodes for row in paths), sum(ways.predictors(row.tree) for row in paths)
-    padded = sum(ways.trl_inputs(workload, batch)["input_ids"].numel() for batch in batches)
+    ours, chains = sizes(row.tree for row in shared), sizes(row.tree for row in paths)
+    padded = [ways.trl_inputs(workload, batch)["input_ids"].shape for batch in batches]
+
+    def way(step: Callable, rows: list, size: tuple[int, int, int], largest: int) -> Way:
+        return Way(partial(step, rows), partial(step, rows[largest : largest + 1]), *size)
+
+    def packed(logps: Callable) -> Callable:
+        return lambda rows: ways.packed_step(scorer, rows, workload, logps)
+
+    trl_size = (
+        sum(n * width for n, width in padded),
+        chains[1],
+        sum(n * width * (width + 1) // 2 for n, width in padded),
+    )
+    most = largest_of(row.tree.num_nodes for row in shared)
     steps = {
-        "fastpo": Way(partial(ways.packed_step, scorer, shared, workload, ways.tree_logps), *ours),
-        "paths": Way(partial(ways.path_step, scorer, paths, workload), *chains),
-        "dense": Way(partial(ways.packed_step, scorer, shared, workload, ways.dense_logps), *ours),
-        "trl": Way(partial(ways.trl_step, scorer.model, batches, workload), padded, chains[1]),
+        "fastpo": way(packed(ways.tree_logps), shared, ours, most),
+        "paths": way(lambda rows: ways.path_step(scorer, rows, workload), paths, chains, 0),
+        "dense": way(packed(ways.dense_logps), shared, ours, most),
+        "trl": way(
+            lambda rows: ways.trl_step(scorer.model, rows, workload),
+            batches,
+            trl_size,
+            largest_of(n * width for n, width in padded),
+        ),
     }
+    steps = {name: way for name, way in steps.items() if name in ("fastpo", *arguments.ways)}
     common = {**where, "workload": workload.name, "gemm": gemm, "pairs": len(workload.all_pairs)}
-    peaks, first = check_steps(scorer, steps)
-    times = first if sum(map(sum, first.values())) > seconds else timed(steps, seconds, scorer)
+    peaks = warmed(steps, scorer)
+    times = timed(steps, seconds, scorer, checked=True)
     rows = rows_of(steps, times, peaks, "step", distinct, common, scorer)
     if gemm != "oneDNN" or "steps" in workload.name or len(shared) > 1:
         return rows
     tree = shared[0].tree
     nodes = trained_nodes(tree)
     with ways.flex(scorer):
-        size = tree.num_nodes, ways.predictors(tree)
-        forwards = {
-            "fastpo": Way(partial(_forward, ways.tree_logps, scorer, tree, nodes), *size),
-            "flex": Way(partial(ways.flex_logps, scorer, tree, nodes), *size),
+        runs = {
+            "fastpo": partial(_forward, ways.tree_logps, scorer, tree, nodes),
+            "flex": partial(ways.flex_logps, scorer, tree, nodes),
         }
+        forwards = {name: Way(run, run, *sizes([tree])) for name, run in runs.items()}
         found = {name: way.run() for name, way in forwards.items()}
         torch.testing.assert_close(found["flex"], found["fastpo"], rtol=1e-4, atol=1e-4)
-        peaks = {name: peak(way.run) for name, way in forwards.items()}
+        peaks = warmed(forwards, scorer)
         times = timed(forwards, seconds / 4, scorer)
     return rows + rows_of(forwards, times, peaks, "forward", tree.num_nodes, common, scorer)
 
@@ -185,35 +215,66 @@ def _forward(logps: Callable, *arguments: object) -> torch.Tensor:
     return logps(*arguments)
 
 
-def check_steps(scorer: TreeScorer, steps: dict[str, Way]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Peak memory and seconds of each way's first run; all must give one loss and one gradient."""
-    peaks, times, wanted = {}, {}, None
-    for name, way in steps.items():
+def sizes(trees: Iterable[TokenTree]) -> tuple[int, int, int]:
+    """Tokens, predictors of the LM head, and pairs that attention sees."""
+    found = [(tree.num_nodes, ways.predictors(tree), int((tree.depth + 1).sum())) for tree in trees]
+    tokens, predictors, scores = map(sum, zip(*found, strict=True))
+    return tokens, predictors, scores
+
+
+def largest_of(sizes: Iterable[int]) -> int:
+    numbers = list(sizes)
+    return numbers.index(max(numbers))
+
+
+def warmed(chosen: dict[str, Way], scorer: TreeScorer) -> dict[str, float]:
+    """MiB at the peak of each way's largest micro-batch, which also warms it up."""
+    peaks = {}
+    for name, way in chosen.items():
         scorer.zero_grad(set_to_none=True)
-        kept: list = []
-        start = time.perf_counter()
-        peaks[name] = peak(lambda way=way, kept=kept: kept.append(way.run()))
-        times[name] = [time.perf_counter() - start]
-        print(f"  {name}: {times[name][0]:.1f} s, {peaks[name]:.0f} MiB", flush=True)
-        found = kept[0], torch.cat([p.grad.flatten() for p in scorer.parameters()])
-        wanted = wanted or found
-        apart = float((found[1] - wanted[1]).norm() / wanted[1].norm())
-        if abs(found[0] - wanted[0]) > 1e-5 * abs(wanted[0]) or apart > 1e-4:
-            sys.exit(f"{name} computes something else: loss {found[0]} for {wanted[0]}, gradient off by {apart:.1e}")
-    return peaks, times
+        peaks[name] = peak(way.warm)
+    return peaks
 
 
-def timed(chosen: dict[str, Way], seconds: float, scorer: TreeScorer) -> dict[str, list[float]]:
-    """In turn, at least one round and at most five, until the seconds are up."""
+def timed(chosen: dict[str, Way], seconds: float, scorer: TreeScorer, checked: bool = False) -> dict[str, list[float]]:
+    """A step of each, ``checked``: one loss, one gradient; then more in turn, of those that take at most ``seconds``.
+
+    At most five each, until the seconds are up.
+    """
     times: dict[str, list[float]] = {name: [] for name in chosen}
+    wanted = None
+    for name, way in chosen.items():
+        loss = _clocked(way, times[name], scorer)
+        if checked:
+            print(f"  {name}: {times[name][0]:.2f} s", flush=True)
+            wanted = _compared(name, loss, scorer, wanted)
+    again = {name: way for name, way in chosen.items() if times[name][0] <= seconds}
     begin = time.perf_counter()
-    while not times["fastpo"] or (len(times["fastpo"]) < 5 and time.perf_counter() - begin < seconds):
-        for name, way in chosen.items():
-            scorer.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            way.run()
-            times[name].append(time.perf_counter() - start)
+    while again and len(times[next(iter(again))]) < 5 and time.perf_counter() - begin < seconds:
+        for name, way in again.items():
+            _clocked(way, times[name], scorer)
     return times
+
+
+def _clocked(way: Way, times: list[float], scorer: TreeScorer) -> object:
+    scorer.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    loss = way.run()
+    times.append(time.perf_counter() - start)
+    return loss
+
+
+def _compared(
+    name: str, loss: object, scorer: TreeScorer, wanted: tuple[float, torch.Tensor] | None
+) -> tuple[float, torch.Tensor]:
+    """``wanted``, or else what ``name`` has found: a loss and the gradient of all parameters."""
+    found = float(loss), torch.cat([p.grad.flatten() for p in scorer.parameters()])
+    if wanted is None:
+        return found
+    apart = float((found[1] - wanted[1]).norm() / wanted[1].norm())
+    if abs(found[0] - wanted[0]) > 1e-5 * abs(wanted[0]) or apart > 1e-4:
+        sys.exit(f"{name} computes something else: loss {found[0]} for {wanted[0]}, gradient off by {apart:.1e}")
+    return wanted
 
 
 def rows_of(
@@ -227,7 +288,13 @@ def rows_of(
 ) -> list[Row]:
     head = scorer.model.lm_head.weight.numel()
     body = sum(p.numel() for p in scorer.parameters()) - head  # embeddings are tied
-    work = {name: body * way.tokens + head * way.head_tokens for name, way in chosen.items()}
+    passes = 3 if mode == "step" else 1  # of a product: 2 operations a parameter and token, twice that backward
+    config = scorer.model.config
+    of_score = (14 if mode == "step" else 4) * config.hidden_size * config.num_hidden_layers
+    work = {
+        name: 2 * passes * (body * way.tokens + head * way.head_tokens) + of_score * way.scores
+        for name, way in chosen.items()
+    }
     least = percentile(times["fastpo"], 0.5)
     rows = []
     for name, way in chosen.items():
