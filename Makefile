@@ -30,20 +30,28 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Appends rows to benchmarks/results/results.csv, then writes what README.md and docs/ say of them. SUITE=full: 20 minutes.
+# Appends rows to benchmarks/results/, then writes what README.md and docs/ say of them. SUITE=full, 20 minutes: all that is
+# time or memory, ops and end-to-end programs. DATA: a directory with GSM8K's model_solutions.jsonl, for the trees.
 SUITE ?= quick
+DATA ?=
 bench: setup
-	$(PY) benchmarks/run.py --suite $(SUITE)
+	$(PY) benchmarks/run.py --suite $(SUITE) $(if $(DATA),--data $(DATA))
 	$(PY) benchmarks/plot.py --readme
 
-# Everything that has rows, some hours: the ops, the grid of the fused heads, the end-to-end programs, the embedded task.
+# Everything that is claimed of this package on a CPU, some hours: time and memory, with more repetitions and with torch's
+# own products, and accuracy, which is no part of SUITE=full.
+TREES := $(if $(DATA),--data $(DATA))
 bench-all: setup
-	$(PY) benchmarks/run.py --suite full
+	$(PY) benchmarks/run.py --suite quick
+	$(PY) benchmarks/run.py --suite full $(TREES)
 	$(PY) benchmarks/run.py --suite grid --rounds 2
-	$(PY) benchmarks/tree_workloads.py
-	$(PY) benchmarks/tree_training.py
+	$(PY) benchmarks/tree_workloads.py $(TREES)
+	$(PY) benchmarks/tree_training.py $(TREES)
 	$(PY) benchmarks/tree_search.py
 	$(PY) benchmarks/embedded_task.py
+	$(PY) benchmarks/embedded_search.py
+	$(PY) benchmarks/kill_resume.py
+	$(PY) benchmarks/recipe_runs.py
 	$(PY) benchmarks/plot.py --readme
 
 plots: setup

@@ -51,7 +51,7 @@ def run(part: Part, limit_s: float, environment: dict[str, str]) -> None:
     """Runs a part in its own process; prints its output when it has ended. Sets result and seconds."""
     limit, begin = min(part.limit_s, limit_s), time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        part.result = _ended(part.command, limit, environment, output)
+        part.result = ended(part.command, limit, environment, output)
         output.seek(0)
         text = output.read()
     part.seconds = time.perf_counter() - begin
@@ -60,8 +60,8 @@ def run(part: Part, limit_s: float, environment: dict[str, str]) -> None:
     print(f"\n=== {part.name} ({part.seconds:.0f} s): {' '.join(part.command)}\n{text[-6000:]}", flush=True)
 
 
-def _ended(command: Sequence[str], limit_s: float, environment: dict[str, str], output: IO[str]) -> str:
-    """How a command ended within its time."""
+def ended(command: Sequence[str], limit_s: float, environment: dict[str, str], output: IO[str] | None) -> str:
+    """How a command ended within its time; without ``output`` it prints where we do."""
     options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
     try:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)

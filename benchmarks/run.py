@@ -5,6 +5,12 @@ eager, torch.compile, and the peers that are installed (``pip install .[peers]``
 checked to compute the same thing, then run in turn in one process. Rows are appended, case by case, to
 ``benchmarks/results/results.csv``; ``--skip-done`` goes on where a stopped run left off.
 
+``--suite full`` is all that is time or memory, in 20 minutes on 4 cores: short cases of every op; the fused heads' grid
+of 28 points, every product on oneDNN, where each implementation is called once, timed and checked in that call; then
+the end-to-end programs of ``suite.py`` (trees, training against TRL, search), whose rows have files of their own beside
+``results.csv``. Accuracy is not time: embedded_task.py, embedded_search.py, kill_resume.py and recipe_runs.py stay
+commands of their own, in ``make bench-all``.
+
 ``--base REV`` times this checkout against another commit instead, built in a worktree of its own.
 """
 
@@ -15,6 +21,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,14 +31,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 # Threads that spin while others' code runs make every implementation slower; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import suite  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 from base import compare  # noqa: E402
 from discovery import benches, identity, refresher, work  # noqa: E402
 from measure import RESULTS, Row, append, machine, measured, percentile, read  # noqa: E402
-from verify import brief, gate_all  # noqa: E402
+from verify import brief, gate_all, timed_once  # noqa: E402
 
-MINUTES = {"quick": 12.0, "full": 20.0, "gpu": 4.0, "grid": 35.0}
-DEAR = 5e11  # operations; seconds on a CPU
+MINUTES = {"quick": 12.0, "full": 19.8, "gpu": 4.0, "grid": 35.0}
+SECONDS = {"full": 0.4}
+DEAR = 5e10  # operations; seconds of all implementations together on a CPU
+# Of a case with all peers, called once each where it is dear: what it takes on 4 cores, and more by the operation.
+CASE_S, OPERATION_S = 3.0, 1.5e-11
 
 
 def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
@@ -46,13 +58,18 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
     """The rows of one case; peers that fail or compute something else are named and left out."""
     device, runs = arguments.device, chosen(bench.implementations(case), arguments.peers)
     inputs = bench.setup(case, device)
-    for name, reason in gate_all(bench, case, inputs, runs).items():
+    bound, bound_work = bench.ceiling(case) if hasattr(bench, "ceiling") else (None, 0)
+    ceiling = {} if bound is None else {"ceiling": bound}
+    if once(bench, case, arguments):
+        times, peaks, failed = timed_once(bench, case, inputs, {**runs, **ceiling}, device)
+    else:
+        failed = gate_all(bench, case, inputs, runs)
+        timed = {name: run for name, run in {**runs, **ceiling}.items() if name not in failed}
+        refresh = refresher(bench, case)
+        times, peaks = measured(timed, inputs, device, arguments.seconds, refresh, arguments.rounds)
+    for name, reason in failed.items():
         print(f"  {case.name}: {name} is not timed: {reason}", file=sys.stderr)
         del runs[name]
-    refresh = refresher(bench, case)
-    bound, bound_work = bench.ceiling(case) if hasattr(bench, "ceiling") else (None, 0)
-    timed = runs if bound is None else {**runs, "ceiling": bound}
-    times, peaks = measured(timed, inputs, device, arguments.seconds, refresh, arguments.rounds)
     amount, unit, scale = work(bench, case)
     floor = math.nan if bound is None else amount / bound_work * percentile(times["ceiling"], 0.5)  # seconds
     ours = percentile(times["fastpo"], 0.5)
@@ -76,6 +93,12 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
             )
         )
     return rows
+
+
+def once(bench: Any, case: Any, arguments: argparse.Namespace) -> bool:
+    """Whether each implementation is called once, that call being timed, checked and watched for memory."""
+    dear = arguments.suite == "full" and arguments.rounds is None and work(bench, case)[0] > DEAR
+    return (arguments.rounds == 1 or dear) and not hasattr(bench, "refresh")
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -128,21 +151,48 @@ def wanted(arguments: argparse.Namespace, where: dict[str, Any]) -> list[tuple[s
     ]
 
 
+def wanted_programs(arguments: argparse.Namespace, where: dict[str, Any]) -> list[suite.Program]:
+    """The suite's end-to-end programs; none where only some ops or cases are asked for, or on a GPU."""
+    if arguments.ops or arguments.cases or arguments.peers is not None or arguments.device != "cpu":
+        return []
+    return [p for p in suite.PROGRAMS.get(arguments.suite, ()) if not (arguments.skip_done and p.done(where))]
+
+
+def minutes_of(cases: Sequence[tuple[str, Any, Any]]) -> float:
+    """An estimate for 4 cores."""
+    work_of = (work(bench, case) for _, bench, case in cases)
+    return sum(CASE_S + OPERATION_S * (amount if unit == "GFLOP/s" else 0) for amount, unit, _ in work_of) / 60
+
+
 def label(op: str, case: Any) -> str:
     return " ".join(identity(op, case).values())
 
 
 def measure(arguments: argparse.Namespace) -> int:
     """Runs the suite, prints and appends rows; the number of cases that failed."""
+    # As many shapes as there are cases: beyond the default of eight, torch.compile goes on as eager.
+    torch._dynamo.config.recompile_limit = 256
     where, begin, failed, left_out, rows = machine(arguments.device), time.perf_counter(), [], [], []
     print(f"{where['device']}, {where['threads']} threads, commit {where['commit']}, {where['versions']}")
-    cases = wanted(arguments, where)
+    cases, programs = wanted(arguments, where), wanted_programs(arguments, where)
+    end_of_cases = arguments.minutes - suite.minutes(programs)
+    estimate = f"{len(cases)} cases, about {minutes_of(cases):.1f} minutes"
+    print(f"{estimate}; {len(programs)} programs, {suite.minutes(programs):.1f} minutes")
+    if arguments.plan:
+        for op, bench, case in cases:
+            print(f"  {minutes_of([(op, bench, case)]) * 60:4.0f} s  {label(op, case)}")
+        for program in programs:
+            print(f"  {program.minutes * 60:4.0f} s  {' '.join(program.command)}")
+        return 0
     for number, (op, bench, case) in enumerate(cases, start=1):
         minutes = (time.perf_counter() - begin) / 60
-        if minutes > arguments.minutes:
+        if minutes > end_of_cases:
             left_out.append(label(op, case))
             continue
-        print(f"\n[{number} of {len(cases)}, {minutes:.1f} min] {label(op, case)}", flush=True)
+        to_come = minutes_of(cases[number - 1 :]) + suite.minutes(programs)
+        print(
+            f"\n[{number} of {len(cases)}, {minutes:.1f} min, about {to_come:.1f} to go] {label(op, case)}", flush=True
+        )
         try:
             found = run_case(op, bench, case, arguments, where)
         except Exception as error:
@@ -155,8 +205,17 @@ def measure(arguments: argparse.Namespace) -> int:
             append(found)
     in_dry_run = [{name: str(value) for name, value in asdict(row).items()} for row in rows]
     print_summaries(in_dry_run if arguments.dry_run else rows_here(where), arguments)
-    print(f"\n{len(rows)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes", end="")
-    print("" if arguments.dry_run else f", appended to {os.path.relpath(RESULTS)}")
+    for number, program in enumerate(programs):
+        minutes, to_come = (time.perf_counter() - begin) / 60, suite.minutes(programs[number:])
+        print(
+            f"\n[{program.name}, {minutes:.1f} min, about {to_come:.1f} to go] {' '.join(program.command)}", flush=True
+        )
+        result = suite.run(program, arguments.minutes - minutes, arguments.data, arguments.dry_run)
+        if result != "ok":
+            failed.append(f"{program.name}: {result}")
+    minutes = (time.perf_counter() - begin) / 60
+    print(f"\n{len(rows)} rows of ops and {len(programs)} programs in {minutes:.1f} minutes", end="")
+    print("" if arguments.dry_run else f", appended to {os.path.relpath(RESULTS.parent)}")
     if left_out:
         print(f"LEFT OUT after {arguments.minutes:g} minutes, --skip-done goes on there: {'; '.join(left_out)}")
     for name in failed:
@@ -171,15 +230,19 @@ def main() -> int:
     parser.add_argument("--ops", nargs="*", default=[], help="names of ops and workloads; all by default")
     parser.add_argument("--peers", nargs="*", help="beginnings of peers' names, or none; all by default")
     parser.add_argument("--cases", nargs="*", default=[], help="only cases whose line has all of these words")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each case (default: 3)")
+    parser.add_argument("--seconds", type=float, help="time spent on each case (default: 3, full: 0.4)")
     parser.add_argument("--rounds", type=int, help="exactly so many rounds, memory read in the last one")
-    parser.add_argument("--minutes", type=float, help="no case is begun after these (default: 12 quick, 20 full)")
+    parser.add_argument("--minutes", type=float, help="most that it may take (default: 12 quick, 19.8 full)")
+    parser.add_argument("--data", type=Path, help="directory of GSM8K's model_solutions.jsonl, for the trees of full")
     parser.add_argument("--skip-done", action="store_true", help="leave out cases with rows of this commit and device")
     parser.add_argument("--base", metavar="REV", help="time this checkout's fastpo against that of another commit")
-    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave results.csv alone")
+    parser.add_argument("--dry-run", action="store_true", help="print the tables, leave the rows' files alone")
+    parser.add_argument("--plan", action="store_true", help="print what would run and how long it takes, run nothing")
     arguments = parser.parse_args()
     if arguments.minutes is None:
         arguments.minutes = MINUTES.get(arguments.suite, 60.0)
+    if arguments.seconds is None:
+        arguments.seconds = SECONDS.get(arguments.suite, 3.0)
     return min(1, compare(arguments) if arguments.base else measure(arguments))
 
 

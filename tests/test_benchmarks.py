@@ -15,8 +15,11 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT / "benchmarks"))
 
 import discovery  # noqa: E402
+import gpu_check  # noqa: E402
 import measure  # noqa: E402
 import plot  # noqa: E402
+import run  # noqa: E402
+import suite  # noqa: E402
 import tables  # noqa: E402
 import verify  # noqa: E402
 import workloads  # noqa: E402
@@ -94,6 +97,93 @@ def test_calls_are_timed_in_turn_on_fresh_inputs(seconds, rounds, called, counte
     assert len(calls) == 2 * called or seconds
     assert min(len(found) for found in times.values()) >= counted
     assert peaks.keys() == runs.keys()
+
+
+def dear() -> SimpleNamespace:
+    """``doubling`` with what ``timed_once`` asks beyond: a small case of the mode to load and compile on."""
+    return SimpleNamespace(
+        check=doubling().check, cases=lambda suite, device: [Case("small")], setup=lambda case, device: torch.zeros(1)
+    )
+
+
+def test_dear_calls_are_timed_and_checked_in_one():
+    calls = []
+
+    def right(x):
+        calls.append(len(x))
+        return x + x
+
+    runs = {"fastpo": lambda x: 2 * x, "right": right, "wrong": lambda x: 3 * x + 1, "broken": lambda x: x[99]}
+    runs["ceiling"] = lambda x: None
+    times, peaks, failed = verify.timed_once(dear(), Case(), torch.ones(3), runs, "cpu")
+    assert calls == [1, 3]  # the small case, then the call that counts
+    assert failed.keys() == {"wrong", "broken"} and failed["wrong"].startswith("computes something else")
+    assert len(times["right"]) == len(times["ceiling"]) == 1 and {"fastpo", "right", "ceiling"} <= peaks.keys()
+    with pytest.raises(RuntimeError, match="nothing agrees with fastpo"):
+        verify.timed_once(dear(), Case(), torch.ones(3), {"fastpo": lambda x: 2 * x, "wrong": torch.zeros_like}, "cpu")
+
+
+def test_a_dear_call_that_compiled_is_made_again():
+    calls = []
+
+    def compiling(x):
+        calls.append(len(x))
+        verify.counters["stats"]["unique_graphs"] += len(calls) < 4  # the small case, and the first two of three
+        return 2 * x
+
+    times, *_ = verify.timed_once(dear(), Case(), torch.ones(3), {"fastpo": compiling}, "cpu")
+    assert calls == [1, 3, 3, 3] and len(times["fastpo"]) == 1
+
+
+def plan_of(monkeypatch, capsys, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--suite", "full", *options])
+    assert run.main() == 0
+    return capsys.readouterr().out
+
+
+def test_the_full_suite_is_planned_for_twenty_minutes_with_all_of_the_grid(monkeypatch, capsys):
+    plan = plan_of(monkeypatch, capsys, "--plan")
+    cases, programs = (float(part.split()[-2]) for part in plan.splitlines()[1].replace("minutes", "m").split(";"))
+    assert cases + programs <= run.MINUTES["full"] < 20
+    grid = [line for line in plan.splitlines() if "oneDNN" in line and "tokens=" in line]
+    assert len(grid) == 28
+    for mode in ("trained head", "frozen head"):
+        for masked in (0, 25, 60):
+            shape = f"tokens=4096 hidden=1024 vocab=128256 masked={masked} "
+            assert any(shape in line and f"cpu {mode}, oneDNN" in line for line in grid)
+    assert "tree_training.py" in plan
+    assert "tree_training.py" not in plan_of(monkeypatch, capsys, "--plan", "--ops", "tree_scan")
+
+
+def test_programs_of_a_suite_exist_and_know_when_they_are_done(tmp_path):
+    where = {"commit": "c", "device": "Some CPU", "threads": 4}
+    for program in suite.PROGRAMS["full"]:
+        assert (ROOT / "benchmarks" / program.command[0]).is_file()
+        written = measure.read(ROOT / "benchmarks" / "results" / program.rows)
+        assert set(program.values) <= {row[program.column] for row in written}
+        lines = [f"commit,device,threads,{program.column}", *(f"c,Some CPU,4,{value}" for value in program.values)]
+        assert not program.done(where, tmp_path / "none")
+        (tmp_path / program.rows).write_text("\n".join(lines))
+        assert program.done(where, tmp_path) and not program.done({**where, "commit": "d"}, tmp_path)
+
+
+def test_a_program_that_fails_or_overruns_does_not_stop_the_next(monkeypatch, capfd):
+    """A script that waits, of which a hundredth of a second is left; one that fails; one that is fine."""
+    made = {"waits": "while True: pass", "fails": "raise SystemExit(3)", "fine": "print('ran')"}
+    found = [suite.Program(name, (f"{name}.py",), "x.csv", "x", (), 1.0) for name in made]
+    monkeypatch.setitem(suite.PROGRAMS, "full", tuple(found))
+    monkeypatch.setattr(run, "wanted", lambda *_: [])
+
+    def ended(command, limit_s, environment, output):
+        name = Path(command[1]).stem
+        return gpu_check.ended([sys.executable, "-c", made[name]], 0.01 if name == "waits" else 60, environment, output)
+
+    monkeypatch.setattr(suite, "ended", ended)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--suite", "full", "--dry-run"])
+    assert run.main() == 1
+    text = capfd.readouterr().out
+    assert "FAILED waits: FAILED (over 0 s)" in text and "FAILED fails: FAILED (exit 3)" in text and "ran" in text
+    assert "FAILED fine" not in text
 
 
 def test_the_summary_of_the_fused_loss_finds_the_worst_points():

@@ -41,6 +41,7 @@ class Case:
     dtype: torch.dtype
     shape: dict[str, int]  # tokens, hidden, vocab, masked: per cent of each sequence, budget: in MiB
     best_only: bool = False  # of each peer its faster configuration alone, and fastpo's
+    onednn: bool = False  # products of all implementations: linear_token_logprobs/bench.py
 
     @property
     def prompt(self) -> int:
@@ -87,7 +88,10 @@ GRID = ((2048, 4096), (32000, 128256), (0, 25, 60))  # tokens, vocab, masked on 
 
 
 def cases(suite: str, device: str) -> list[Case]:
-    """grid: GRID, for which two rounds take half an hour on four cores (--rounds 2); small: milliseconds."""
+    """grid: GRID, for which two rounds take half an hour on four cores (--rounds 2); small: milliseconds.
+
+    full: the headline at V=32000, and GRID on oneDNN, where peers take half the time.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden, tokens = (4096, 8192) if device == "cuda" else (1024, 2048)
 
@@ -98,15 +102,17 @@ def cases(suite: str, device: str) -> list[Case]:
         return Case(f"{device} {mode}", mode, dtype, shape, best_only)
 
     modes = ("trained head", "frozen head")
+    grid = [case(mode, *point, best_only=True) for point in itertools.product(*GRID) for mode in modes]
     if suite == "small":
         return [case(mode, 512, 1000, 25, hidden=64) for mode in modes]
     if suite in ("quick", "full"):
-        return [*(case(mode, tokens, 32000, 25) for mode in modes), case("trained head", tokens, 128256, 25)]
+        headline = [*(case(mode, tokens, 32000, 25) for mode in modes), case("trained head", tokens, 128256, 25)]
+        if suite == "full" and device == "cpu":
+            return [*headline[:2], *map(head_bench.with_onednn, grid)]
+        return headline
     if suite == "gpu":
         return [*(case(mode, tokens, 128256, 0) for mode in modes), case("trained head", tokens, 128256, 25)]
-    if suite == "grid":
-        return [case(mode, *point, best_only=True) for point in itertools.product(*GRID) for mode in modes]
-    return []
+    return grid if suite == "grid" else []
 
 
 def packed(case: Case, device: str) -> tuple[Segments, Pairs]:
@@ -152,11 +158,12 @@ def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
         "fastpo, two phases": of(two_phases),
         "torch eager, all rows": of(all_rows),
         "torch eager": of_logps(head_bench.eager),
-        "torch.compile": of_logps(torch.compile(head_bench.eager, dynamic=False)),
+        "torch.compile": of_logps(head_bench.compiled()),
         **{name: of_logps(peer) for name, peer in head_bench.peers().items()},
         **{name: of(peer) for name, peer in liger().items()},
     }
-    return {name: run for name, run in runs.items() if not (case.best_only and name in SLOWER)}
+    runs = {name: run for name, run in runs.items() if not (case.best_only and name in SLOWER)}
+    return head_bench.on_onednn(runs) if case.onednn else runs
 
 
 def fused(inputs: Inputs) -> Tensor:
@@ -228,18 +235,14 @@ def check(case: Case, inputs: Inputs, outputs: dict[str, Any]) -> None:
 
 def summary(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """What rows of results.csv come to: the least share of the bare GEMMs' rate, speed-up and saving of memory."""
-    lines = []
-    for mode in ("trained head", "frozen head"):
-        points: dict[str, dict[str, Mapping[str, str]]] = {}  # shape -> implementation -> row
-        for row in rows:
-            if row["mode"] == mode:
-                points.setdefault(row["shape"], {})[row["implementation"]] = row
-        if points:
-            lines += _summary_of(mode, points)
-    return lines
+    found: dict[tuple[str, str], dict[str, dict[str, Mapping[str, str]]]] = {}  # case, mode -> shape -> name -> row
+    for row in rows:
+        points = found.setdefault((row["case"], row["mode"]), {})
+        points.setdefault(row["shape"], {})[row["implementation"]] = row
+    return [line for (case, mode), points in found.items() for line in _summary_of(case, mode, points)]
 
 
-def _summary_of(mode: str, points: Mapping[str, Mapping[str, Mapping[str, str]]]) -> list[str]:
+def _summary_of(case: str, mode: str, points: Mapping[str, Mapping[str, Mapping[str, str]]]) -> list[str]:
     shares, speedups, ratios, over = [], [], [], []
     for shape, found in points.items():
         extra, budget = _extra_mib(mode, shape, found["fastpo"]), _sizes(shape)["budget"]
@@ -252,7 +255,7 @@ def _summary_of(mode: str, points: Mapping[str, Mapping[str, Mapping[str, str]]]
             ratios.append((extra / eager, shape))
         if extra > budget + KEPT_BY_MALLOC:
             over.append(f"  extra memory BEYOND the budget: {extra:.0f} MiB, {shape}")
-    lines = [f"{mode}, {len(points)} points", "  at least {:.0%} of the bare GEMMs' rate ({})".format(*min(shares))]
+    lines = [f"{case}, {len(points)} points", "  at least {:.0%} of the bare GEMMs' rate ({})".format(*min(shares))]
     if speedups:
         lines.append("  at least {:.2f}x as fast as any peer ({})".format(*min(speedups)))
     if ratios:

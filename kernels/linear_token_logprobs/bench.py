@@ -6,11 +6,14 @@ trainers, ``cut-cross-entropy`` its implementation for machines without a GPU, `
 2.13's, in full and in chunks. Liger's log-probs per token are timed on a GPU only: elsewhere they are plain PyTorch.
 The mode "trained head, mean loss" is cross-entropy, for quack and Liger, whose fastest heads know nothing else.
 
+Cases called "oneDNN" run every implementation on the library that fastpo takes for its fp32 products, which on AMD
+processors is 2.5 times as fast as MKL, torch's choice; the others run each on what it takes by itself.
+
 The ceiling is the bare GEMMs of the mode, tile by tile, at the rate of the fastest GEMM that torch has here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ class Case:
     mode: str  # "no gradient", "frozen head", "trained head" or MEAN_LOSS
     dtype: torch.dtype
     shape: dict[str, int]  # tokens, hidden, vocab, masked: per cent of the tokens
+    onednn: bool = False  # products of all implementations
 
     @property
     def trained_tokens(self) -> int:
@@ -55,7 +59,10 @@ MEAN_LOSS = "trained head, mean loss"
 
 
 def cases(suite: str, device: str) -> list[Case]:
-    """grid: the mode without gradient; the others' grid is that of linear_preference_loss. small: milliseconds."""
+    """grid: the mode without gradient; the others' grid is that of linear_preference_loss. small: milliseconds.
+
+    full: the grid, of oneDNN on a CPU.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden, tokens = (4096, 8192) if device == "cuda" else (1024, 2048)
 
@@ -63,17 +70,23 @@ def cases(suite: str, device: str) -> list[Case]:
         shape = {"tokens": tokens, "hidden": hidden, "vocab": vocab, "masked": masked}
         return Case(f"{device} {mode}", mode, dtype, shape)
 
+    grid = [case("no gradient", n, vocab, 25) for n in (2048, 4096) for vocab in (32000, 128256)]
     if suite == "small":
         return [case(mode, 256, 1000, 25, hidden=64) for mode in MODES]
+    if suite == "full" and device == "cpu":
+        return [grid[0], *map(with_onednn, grid)]
     if suite in ("quick", "full"):
         return [*(case(mode, tokens, 32000, 25) for mode in MODES), case("trained head", tokens, 128256, 25)]
     if suite == "gpu":
         modes = ("trained head", "frozen head", "no gradient")
         largest = [case(mode, tokens, 128256, 0) for mode in modes]
         return [*largest, case(MEAN_LOSS, 4096, 128256, 0), case("trained head", tokens, 128256, 25)]
-    if suite == "grid":
-        return [case("no gradient", n, vocab, 25) for n in (2048, 4096) for vocab in (32000, 128256)]
-    return []
+    return grid if suite == "grid" else []
+
+
+def with_onednn(case: Any) -> Any:
+    """The case with the products of all implementations on oneDNN."""
+    return replace(case, name=f"{case.name}, oneDNN", onednn=True)
 
 
 def setup(case: Case, device: str) -> Inputs:
@@ -105,9 +118,30 @@ def implementations(case: Case) -> dict[str, Callable[[Inputs], Any]]:
         logps = linear_token_logprobs(inputs.hidden, inputs.weight, inputs.labels)
         return _run(inputs, logps, inputs.upstream, mean)
 
-    compiled = torch.compile(eager, dynamic=False)
-    runs = {"fastpo": fastpo, "torch eager": of(eager), "torch.compile": of(compiled)}
-    return runs | {name: of(peer) for name, peer in (peers() | (mean_peers() if mean else {})).items()}
+    runs = {"fastpo": fastpo, "torch eager": of(eager), "torch.compile": of(compiled())}
+    runs |= {name: of(peer) for name, peer in (peers() | (mean_peers() if mean else {})).items()}
+    return on_onednn(runs) if case.onednn else runs
+
+
+def on_onednn(runs: dict[str, Callable[[Any], Any]]) -> dict[str, Callable[[Any], Any]]:
+    """``runs`` with their fp32 products on oneDNN; without what lost to another way of the same library everywhere.
+
+    Processors with AMX are left on MKL, their fastest library for fp32, since oneDNN would round to bf16 there.
+    """
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+    def chosen(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def call(inputs: Any) -> Any:
+            before = settings.fp32_precision
+            settings.fp32_precision = before if torch.cpu._is_amx_tile_supported() else "bf16"
+            try:
+                return run(inputs)
+            finally:
+                settings.fp32_precision = before
+
+        return call
+
+    return {name: chosen(run) for name, run in runs.items() if name != "torch linear_cross_entropy, chunked"}
 
 
 def _run(inputs: Inputs, logps: Tensor, upstream: Tensor, mean: bool) -> tuple[Tensor, ...]:
@@ -122,6 +156,11 @@ def _run(inputs: Inputs, logps: Tensor, upstream: Tensor, mean: bool) -> tuple[T
 def eager(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """Written as one would: hidden [N, H], labels [N] -> [N]."""
     return torch.log_softmax((hidden @ weight.t()).float(), dim=-1).gather(1, labels[:, None])[:, 0]
+
+
+def compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``eager`` for any number of rows: measured as fast as for a fixed one, and compiled once for all cases."""
+    return torch.compile(eager, dynamic=True)
 
 
 def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -242,5 +281,5 @@ def check(case: Case, inputs: Inputs, outputs: dict[str, Any]) -> None:
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     """Between two gradients, relative to the largest element of ours; NaN if there is one in either."""
-    scale = ours.abs().max().float().clamp_min(1e-30)
-    return ((theirs - ours).abs().max() / scale).item()
+    scale, apart = (torch.maximum(*(abs(end) for end in x.aminmax())).float() for x in (ours, theirs - ours))
+    return (apart / scale.clamp_min(1e-30)).item()
