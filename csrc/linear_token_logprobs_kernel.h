@@ -207,7 +207,8 @@ FASTPO_INLINE bool streams(const T* p, int64_t step) {
   return sizeof(T) * W == 64 && (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(step) * sizeof(T)) % 64 == 0;
 }
 
-// Stores what is not read again soon: without reading the line first.
+// Stores what is not read again soon: without reading the line first. for_each_task ends with a locked instruction, behind
+// which all of a thread's stores are seen.
 template <class T>
 FASTPO_INLINE void stream(T* p, Vf x) {
 #if FASTPO_SIMD_BITS == 512

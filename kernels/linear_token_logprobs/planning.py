@@ -92,7 +92,7 @@ def plan(
         state += _OVERHEAD
     room = DEFAULT_BUDGET if memory_budget is None else memory_budget - state
     rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, device, num_rows)
-    rows = -(-num_rows // -(-num_rows // rows)) if num_rows else rows  # chunks of equal size
+    rows = _equal_chunk(num_rows, rows)
     tile = _tile_memory(rows, vocab, hidden_size, wide, device)
     if tile > room:
         raise ValueError(
@@ -118,6 +118,12 @@ def _tile_memory(rows: int, vocab: int, hidden_size: int, wide: int, device: str
     """
     tiles = 1 if device == "cpu" else 2
     return wide * (tiles * rows * vocab + 2 * vocab * hidden_size + rows * hidden_size)
+
+
+def _equal_chunk(num_rows: int, most: int) -> int:
+    """Rows of as few chunks of at most ``most`` rows as there can be, about equal, and a multiple of 64 if possible."""
+    equal = -(-num_rows // max(1, -(-num_rows // most)))
+    return min(most, -(-equal // 64) * 64)
 
 
 def _tile_shape(room: int, vocab_size: int, hidden_size: int, wide: int, device: str, num_rows: int) -> tuple[int, int]:
