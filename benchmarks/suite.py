@@ -36,10 +36,10 @@ class Program:
         return set(self.values) <= {row[self.column] for row in rows}
 
 
-TREES = ("tree_workloads.py", "--gemm", "oneDNN", "--seconds", "8", "--workloads")
+TREES = ("tree_workloads.py", "--gemm", "oneDNN", "--seconds", "0", "--workloads")
 PROGRAMS = {
     "full": (
-        Program("trees A, B, C 2-2-2", (*TREES, "A", "B", "C2"), "trees.csv", "workload", ("A", "B", "C 2-2-2"), 2.0),
+        Program("trees A, B, C 2-2-2", (*TREES, "A", "B", "C2"), "trees.csv", "workload", ("A", "B", "C 2-2-2"), 2.8),
         Program(
             "training against TRL on A and B",
             ("tree_training.py", "--gemm", "oneDNN", "--no-unshared", "--steps", "1"),
@@ -54,7 +54,7 @@ PROGRAMS = {
             "tree_search.csv",
             "implementation",
             ("mcts_dpo", "published"),
-            0.6,
+            0.5,
             data=False,
             dry=("--dry-run",),
         ),

@@ -160,7 +160,7 @@ def measure(
 ) -> list[Row]:
     budget = arguments.budget
     shared, paths = ways.shared_rows(workload, budget), ways.path_rows(workload, budget)
-    batches = ways.trl_batches(workload, budget)
+    batches = ways.trl_batches(workload, arguments.trl_budget)
     distinct = sum(build_tree(*tree).num_nodes for tree in zip(workload.trees, workload.starts, strict=True))
     ours, chains = sizes(row.tree for row in shared), sizes(row.tree for row in paths)
     padded = [ways.trl_inputs(workload, batch)["input_ids"].shape for batch in batches]
