@@ -39,7 +39,7 @@ class Program:
 TREES = ("tree_workloads.py", "--gemm", "oneDNN", "--seconds", "0", "--workloads")
 PROGRAMS = {
     "full": (
-        Program("trees A, B, C 2-2-2", (*TREES, "A", "B", "C2"), "trees.csv", "workload", ("A", "B", "C 2-2-2"), 2.8),
+        Program("trees A, B, C 2-2-2", (*TREES, "A", "B", "C2"), "trees.csv", "workload", ("A", "B", "C 2-2-2"), 2.5),
         Program(
             "training against TRL on A and B",
             ("tree_training.py", "--gemm", "oneDNN", "--no-unshared", "--steps", "1"),
@@ -54,11 +54,11 @@ PROGRAMS = {
             "tree_search.csv",
             "implementation",
             ("mcts_dpo", "published"),
-            0.5,
+            0.3,
             data=False,
             dry=("--dry-run",),
         ),
-        Program("trees C 5-3-3-2-2", (*TREES, "C5"), "trees.csv", "workload", ("C 5-3-3-2-2",), 4.5),
+        Program("trees C 5-3-3-2-2", (*TREES, "C5"), "trees.csv", "workload", ("C 5-3-3-2-2",), 4.3),
     )
 }
 
