@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastpo.memory import keep_freed_memory, return_freed_memory
+
 RESULTS = Path(__file__).resolve().parent / "results" / "results.csv"
 # The first three always count; peers where they are installed.
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
@@ -55,7 +57,8 @@ def measured(
     """(seconds of each call, MiB at the peak) by name, run in turn (A B C A B C ...) so that drift hits all alike.
 
     At least five rounds after one for warming up, until ``seconds`` are over, and a call each for memory. Where one
-    round takes longer than that: three, the first one among them, memory read in the last; or ``rounds``, likewise.
+    round takes longer than that: three, the first one among them, memory read in the last; or ``rounds``, likewise. The
+    round that memory is read in is slower: of five, the median is of a warm one.
     """
     clock, peaks = stopwatch(device), {}
 
@@ -71,7 +74,7 @@ def measured(
         for name, run in runs.items():
             refresh(inputs)
             timed = partial(_keep, taken, name, clock, run)
-            peaks[name] = peak_memory(timed, inputs, device)
+            peaks[name] = peak_memory(timed, inputs, device, live_only=True)
         return taken
 
     start = time.perf_counter()
@@ -124,8 +127,11 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str) -> float | None:
-    """MiB that one call holds at its peak, results included, beyond what was held before (Linux and CUDA)."""
+def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str, live_only: bool = False) -> float | None:
+    """MiB that one call holds at its peak, results included, beyond what was held before (Linux and CUDA).
+
+    On a CPU that is resident memory, with what malloc keeps for later. ``live_only``: without, which slows the call.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +145,12 @@ def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str) -> float | 
     except (OSError, AttributeError):
         return None
     before = _status("VmRSS")
+    if not live_only:
+        run(inputs)
+        return (_status("VmHWM") - before) / 2**10
+    return_freed_memory()
     run(inputs)
+    keep_freed_memory()
     return (_status("VmHWM") - before) / 2**10
 
 

@@ -82,7 +82,7 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
         rows.append(
             Row(
                 **where,
-                **identity(op, case),
+                **named(op, case, arguments),
                 implementation=name,
                 p20_ms=round(p20 * 1e3, 4),
                 p50_ms=round(p50 * 1e3, 4),
@@ -131,7 +131,7 @@ def done_cases(where: dict[str, Any]) -> set[tuple[str, ...]]:
 def print_summaries(rows: list[dict[str, str]], arguments: argparse.Namespace) -> None:
     """What the suite's rows come to, of each op that can say it."""
     for op, bench in benches(arguments.ops).items():
-        wanted = {tuple(identity(op, case).values()) for case in bench.cases(arguments.suite, arguments.device)}
+        wanted = {tuple(named(op, case, arguments).values()) for case in bench.cases(arguments.suite, arguments.device)}
         found = [row for row in rows if tuple(row[key] for key in CASE) in wanted]
         if found and hasattr(bench, "summary"):
             print(f"\n{op}, {arguments.suite}:", *bench.summary(found), sep="\n  ")
@@ -149,7 +149,8 @@ def wanted(arguments: argparse.Namespace, where: dict[str, Any]) -> list[tuple[s
     return [
         (op, bench, case)
         for op, bench, case in in_turn
-        if tuple(identity(op, case).values()) not in done and all(part in label(op, case) for part in arguments.cases)
+        if tuple(named(op, case, arguments).values()) not in done
+        and all(part in label(op, case) for part in arguments.cases)
     ]
 
 
@@ -164,6 +165,12 @@ def minutes_of(cases: Sequence[tuple[str, Any, Any]]) -> float:
     """An estimate for 4 cores."""
     work_of = (work(bench, case) for _, bench, case in cases)
     return sum(CASE_S + OPERATION_S * (amount if unit == "GFLOP/s" else 0) for amount, unit, _ in work_of) / 60
+
+
+def named(op: str, case: Any, arguments: argparse.Namespace) -> dict[str, str]:
+    """The columns that say which case a row is of; without peers it is another one, which replaces no comparison."""
+    alone = {"case": f"{case.name}, alone"} if arguments.peers == ["none"] else {}
+    return identity(op, case) | alone
 
 
 def label(op: str, case: Any) -> str:

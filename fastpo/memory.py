@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of mallopt, <malloc.h>
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of mallopt, <malloc.h>
 
 
 def keep_freed_memory() -> bool:
@@ -14,7 +14,14 @@ def keep_freed_memory() -> bool:
     process held at its peak it holds until it ends. ``fastpo`` on the command line calls it; a program that uses the
     library may, before its first large tensor.
     """
+    return _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20})
+
+
+def return_freed_memory() -> bool:
+    """Tells glibc to give freed blocks of 128 KiB and more back at once, as it does by default until some are freed."""
+    return _set({_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 128 << 10, _TRIM_THRESHOLD: 128 << 10, _TOP_PAD: 128 << 10})
+
+
+def _set(options: dict[int, int]) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_TOP_PAD, 64 << 20)])
+    return mallopt is not None and all([mallopt(option, value) for option, value in options.items()])
