@@ -197,11 +197,18 @@ def _numbers(sizes: list[int], costs: Costs) -> tuple[bool, list[int]]:
     total = sum(sizes)
     if costs.capacity(total, costs.lent_rows(wide_sums=False)) == total:
         return False, [0] * len(sizes)
-    first_room = costs.capacity(total, costs.lent_rows(wide_sums=True))
+    first_room, room = costs.capacity(total, costs.lent_rows(wide_sums=True)), costs.capacity(total)
     chunk = largest_chunk(costs.like.device.type)
     if first_room > chunk:  # chunks of full size: small ones run at a lower rate
         first_room = first_room // chunk * chunk
-    return True, fill(sizes, first_room, costs.capacity(total))
+    return True, fill(sizes, _first_share(total, max(sizes), first_room, room), room)
+
+
+def _first_share(total: int, largest: int, first_room: int, room: int) -> int:
+    """Rows of the first group: of two about half, rather than all that fit and a small rest, which runs at a low rate."""
+    if total > first_room + room:
+        return first_room
+    return min(first_room, max(-(-total // 2), total - room) + largest - 1)
 
 
 def components(index: Tensor, num_sequences: int) -> Tensor:

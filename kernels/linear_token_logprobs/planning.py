@@ -9,8 +9,9 @@ DEFAULT_BUDGET = 2**30  # bytes, besides the state that grows with the rows
 # the last-level cache between the GEMMs, and is twice as wide where there are half the rows or fewer.
 _LARGEST_TILE = {"cpu": (2048, 1024), "cuda": (8192, 8192)}
 _SMALLEST_VOCAB = 128
-# What a CPU's allocator holds beyond what is in use: scratch of the GEMM library, freed blocks. Small budgets: nothing.
-_OVERHEAD, _OVERHEAD_FROM = 7 * 2**20, 2**26
+# What a CPU's process holds beyond what is in use, measured: scratch of the GEMM library in each thread, freed blocks. Of
+# small budgets a fifth; of those below 64 MiB, where none of that is, nothing.
+_OVERHEAD, _OVERHEAD_FROM = 40 * 2**20, 2**26
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def plan(
     wide = max(4, dtype.itemsize)  # of logits, and of everything accumulated
     state = num_rows * wide * (16 + hidden_size * (3 if hidden_grad else 1))
     if device == "cpu" and memory_budget is not None and memory_budget >= _OVERHEAD_FROM:
-        state += _OVERHEAD
+        state += min(_OVERHEAD, memory_budget // 5)
     room = DEFAULT_BUDGET if memory_budget is None else memory_budget - state
     rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, device, num_rows)
     rows = _equal_chunk(num_rows, rows)
