@@ -205,7 +205,7 @@ def _numbers(sizes: list[int], costs: Costs) -> tuple[bool, list[int]]:
 
 
 def _first_share(total: int, largest: int, first_room: int, room: int) -> int:
-    """Rows of the first group: of two about half, rather than all that fit and a small rest, which runs at a low rate."""
+    """Rows of the first group: of two about half, not all that fit and a small rest, which runs at a low rate."""
     if total > first_room + room:
         return first_room
     return min(first_room, max(-(-total // 2), total - room) + largest - 1)

@@ -9,8 +9,8 @@ DEFAULT_BUDGET = 2**30  # bytes, besides the state that grows with the rows
 # the last-level cache between the GEMMs, and is twice as wide where there are half the rows or fewer.
 _LARGEST_TILE = {"cpu": (2048, 1024), "cuda": (8192, 8192)}
 _SMALLEST_VOCAB = 128
-# What a CPU's process holds beyond what is in use, measured: scratch of the GEMM library in each thread, freed blocks. Of
-# small budgets a fifth; of those below 64 MiB, where none of that is, nothing.
+# What a CPU's process holds beyond what is in use, measured: scratch of the GEMM library in each thread, freed blocks.
+# Of small budgets a fifth; of those below 64 MiB, where none of that is, nothing.
 _OVERHEAD, _OVERHEAD_FROM = 40 * 2**20, 2**26
 
 
