@@ -98,8 +98,8 @@ class Costs:
     """Plans of the head for a number of rows.
 
     The gradient of the weight, [V, H], is written only when the coefficients of the first group are known. Until then
-    its memory is free: it holds exp(logits) of up to H of that group's rows (2H where it is fp32 and they are not), or, of
-    a larger row chunk, those of as many vocabulary entries as fit.
+    its memory is free: it holds exp(logits) of up to H of that group's rows (2H where it is fp32 and they are not), or
+    those of a larger row chunk at as many vocabulary entries as fit.
     """
 
     like: Tensor  # of the weight's type, on its device
