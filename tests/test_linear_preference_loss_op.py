@@ -20,7 +20,7 @@ from linear_preference_loss_cases import (  # noqa: F401
 
 from fastpo import objectives
 from fastpo.kernels.linear_preference_loss import linear_preference_loss, plan, reference
-from fastpo.kernels.linear_preference_loss.grouping import components, fill
+from fastpo.kernels.linear_preference_loss.grouping import components, fill, first_share
 from fastpo.kernels.linear_token_logprobs import planning
 from fastpo.types import Pairs, Segments
 
@@ -53,6 +53,21 @@ def test_fill_makes_few_groups_of_about_equal_size():
     assert fill([3, 50, 3, 3], 30, 10) == [1, 0, 1, 1]  # what is larger than the room comes first
     assert fill([3, 50, 3, 30], 60, 10) == [0, 0, 0, 1]
     assert fill([], 10, 10) == [] and fill([2, 3], 0, 0) == [1, 0]
+
+
+def test_two_groups_share_the_rows_about_equally():
+    assert first_share(2048, 256, first_room=1792, room=1100) == 1024 + 255  # half, and what a component may overhang
+    assert first_share(1536, 1, first_room=1344, room=448) == 1088  # no less than the second cannot take
+    assert first_share(2048, 1, first_room=1280, room=448) == 1280  # three groups: all that fit
+    assert first_share(1000, 900, first_room=950, room=500) == 950
+
+
+def test_the_budget_of_a_cpu_counts_what_its_process_holds_besides():
+    """40 MiB, a fifth of small budgets, nothing below 64 MiB: kept logits give way to it."""
+    without = planning.plan(2048, 128256, 1024).state_bytes  # no budget is given
+    for mib, besides in {63: 0, 64: 12.8, 190: 38, 300: 40}.items():
+        counted = planning.plan(2048, 128256, 1024, memory_budget=mib * 2**20).state_bytes - without
+        assert counted == int(besides * 2**20), mib
 
 
 def test_the_gradient_of_the_weight_lends_its_memory():

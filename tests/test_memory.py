@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
-from fastpo.memory import keep_freed_memory
+from fastpo.memory import keep_freed_memory, return_freed_memory
 
 _PROGRAM = """
 import resource, sys, torch
-from fastpo.memory import keep_freed_memory
+from fastpo.memory import keep_freed_memory, return_freed_memory
 
 assert sys.argv[1] == "default" or keep_freed_memory()
+assert sys.argv[1] != "returned" or return_freed_memory()
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,6 +37,7 @@ def test_later_steps_find_the_memory_of_the_first():
     assert _faults("kept") < pages / 20
     if "always" not in _huge_pages():
         assert _faults("default") > pages / 2
+        assert _faults("returned") > pages / 2  # kept first, then given back
 
 
 def _huge_pages() -> str:
@@ -49,4 +51,4 @@ def _huge_pages() -> str:
 
 def test_without_glibc_nothing_is_done(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not keep_freed_memory()
+    assert not keep_freed_memory() and not return_freed_memory()

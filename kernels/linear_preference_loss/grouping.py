@@ -202,10 +202,10 @@ def _numbers(sizes: list[int], costs: Costs) -> tuple[bool, list[int]]:
     chunk = largest_chunk(costs.like.device.type)
     if first_room > chunk:  # chunks of full size: small ones run at a lower rate
         first_room = first_room // chunk * chunk
-    return True, fill(sizes, _first_share(total, max(sizes), first_room, room), room)
+    return True, fill(sizes, first_share(total, max(sizes), first_room, room), room)
 
 
-def _first_share(total: int, largest: int, first_room: int, room: int) -> int:
+def first_share(total: int, largest: int, first_room: int, room: int) -> int:
     """Rows of the first group: of two about half, not all that fit and a small rest, which runs at a low rate."""
     if total > first_room + room:
         return first_room
