@@ -12,7 +12,9 @@ from tiny_models import CONTEXT, random_tokens
 from tree_cases import alone, build, sequences, tree
 
 import fastpo
+from fastpo import scoring
 from fastpo.errors import FastpoError
+from fastpo.integrations.head import hidden_states
 from fastpo.scoring import TreeScorer
 
 
@@ -39,6 +41,18 @@ def test_sums_and_logps_of_many_trees(model, budget):
         other = torch.ones(t.num_nodes, dtype=torch.bool)
         other[nodes] = False
         assert not found.logps[other].any()
+
+
+def test_a_forward_is_of_a_multiple_of_8_tokens(model, monkeypatch):
+    """With roots behind the tree that nothing reads: the scores are those of the tree alone."""
+    taken = []
+    monkeypatch.setattr(scoring, "hidden_states", lambda *a, **k: taken.append(k) or hidden_states(*a, **k))
+    trees = [fastpo.build_tree(random_tokens(n), starts=1) for n in (7, 8, 9)]
+    found = [fastpo.score(model, [t])[0].logps for t in trees]
+    assert [k["input_ids"].shape[1] for k in taken] == [8, 8, 16]
+    monkeypatch.setattr(scoring, "_padded", lambda t: t)
+    for t, logps in zip(trees, found, strict=True):
+        torch.testing.assert_close(logps, fastpo.score(model, [t])[0].logps, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_are_those_of_the_predicting_distribution(model):
