@@ -247,9 +247,7 @@ class TrainingKeys:
     micro_batch_tokens: int = _key(16384, "tokens per forward; a batch is split into as many as it takes")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward")
     sharing: bool = _key(
-        True,
-        "log-probs and training on trees: a token that several responses to a prompt share is computed once (tdpo and "
-        "sparse_po score the reference so and train response by response)",
+        True, "log-probs and training on trees: a token that several responses to a prompt share is computed once"
     )
     batch_by: Literal["prompt", "pair"] = _key(
         "prompt",

@@ -139,7 +139,7 @@ def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prom
         passes = num_passes(objective, config, iteration=2)
         tokens = distinct * config.max_new_tokens
         add("reference", distinct, prefixes * prompt_tokens + tokens, tokens, passes, passes)
-    begun, trained = _trained(config, objective, prompts, members, sampled)
+    begun, trained = _trained(config, prompts, members, sampled)
     rows = trained * config.max_new_tokens
     kl, twice = needs_kl(objective), objective.couples_scores  # a forward: of the reference, of the whole batch
     passes = 3 + config.gradient_checkpointing + kl + twice
@@ -147,14 +147,14 @@ def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prom
     return found
 
 
-def _trained(config: Config, objective: Objective, prompts: int, members: float, sampled: float) -> tuple[float, float]:
+def _trained(config: Config, prompts: int, members: float, sampled: float) -> tuple[float, float]:
     """(prompts, responses) that go through the model in all epochs, of tuples of so many ``members`` together.
 
     ``sampled`` are the distinct responses at most. With sharing the pairs of a prompt that lie in one batch have its
     prompt, and each response, once: all of them with batch_by prompt, but for the prompt at each border of batches.
     """
     epochs, tuples = config.num_epochs, members / _members(config)
-    if not config.sharing or needs_kl(objective):
+    if not config.sharing:
         return members * epochs, members * epochs
     if config.batch_by == "pair" or config.search != "none":  # pairs of a search begin behind steps of their own
         return tuples * epochs, members * epochs

@@ -1,5 +1,6 @@
 """Loading and saving models; log-probs of responses: the body on whole sequences, the LM head on response rows only."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -161,11 +162,14 @@ def response_logps(
     model: PreTrainedModel,
     sequences: Sequence[PromptResponse],
     *,
+    stats: tuple[str, ...] = (),
     micro_batch_tokens: int = 16384,
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the responses' tokens, without gradient: ``(logps [T] fp32, cu_seqlens [S+1] int64)``, on the CPU.
+
+    With ``stats``, those of ``token_logprobs``, [1 + stats, T] in place of logps: they stand behind the log-probs.
 
     Packed in the order of ``sequences``. At most ``micro_batch_tokens`` tokens, padding included, go through the model
     at once. With an ``accelerator`` the sequences are shared out among its processes, each gets the whole result, and
@@ -182,7 +186,7 @@ def response_logps(
     scorer = ResponseScorer(model)
     lengths = [len(prompt) + len(response) - 1 for prompt, response in sequences]
     cu_seqlens = torch.tensor([0, *(len(response) for _, response in sequences)]).cumsum(0)
-    logps = torch.zeros(int(cu_seqlens[-1]))  # [T]
+    values = torch.zeros(1 + len(stats), int(cu_seqlens[-1]))  # [1 + stats, T]
     was_training = model.training
     model.eval()
     try:
@@ -191,16 +195,17 @@ def response_logps(
             if mine:
                 batch = collate([sequences[i] for i in mine]).to(device)
                 with torch.no_grad(), accelerator.autocast():
-                    scored = scorer(batch, batch.logps).cpu()  # [R]
+                    scored = scorer(batch, functools.partial(batch.logps, stats=stats))  # [R] each
+                logps, found = scored if stats else (scored, {})
                 targets = torch.cat([torch.arange(*cu_seqlens[i : i + 2].tolist()) for i in mine])  # [R]
-                logps[targets] = scored
+                values[:, targets] = torch.stack([logps, *(found[name] for name in stats)]).float().cpu()
             if progress is not None:
                 progress(len(group))
     finally:
         model.train(was_training)
     if world > 1:  # every process holds zeros where the others scored
-        logps = accelerator.reduce(logps.to(accelerator.device)).cpu()
-    return logps, cu_seqlens
+        values = accelerator.reduce(values.to(accelerator.device)).cpu()
+    return values if stats else values[0], cu_seqlens
 
 
 def save_model(model: nn.Module, directory: str | Path, accelerator: Accelerator | None = None) -> None:

@@ -7,6 +7,7 @@ same model under opposite prompts, the masks of SparsePO from its uncertainty.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fastpo.config import Config
 from fastpo.data import Codec, Text
-from fastpo.models import PromptResponse, ResponseScorer, collate, response_logps, split_by_tokens
+from fastpo.models import PromptResponse, response_logps
 from fastpo.objectives import Objective, contrast_token_rewards, mixed_reference
 from fastpo.pairs import PairRecord
 from fastpo.sharing import tree_response_logps
@@ -48,11 +49,9 @@ def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:
 
 
 def num_passes(objective: Objective, config: Config, iteration: int) -> int:
-    """Forwards over each response in ``reference_tensors``: two more for T-REG, one more for SparsePO, and for a mixed
-    reference behind iteration 1."""
-    required = objective.requires
-    more = 2 * ("segments.token_coefs" in required) + ("segments.weights" in required)
-    return 1 + more + bool(config.reference_mix and iteration > 1)
+    """Forwards over each response in ``reference_tensors``: two more for T-REG, and one for a mixed reference behind
+    iteration 1."""
+    return 1 + 2 * ("segments.token_coefs" in objective.requires) + bool(config.reference_mix and iteration > 1)
 
 
 def reference_tensors(
@@ -73,31 +72,35 @@ def reference_tensors(
     """
     config = codec.config
     responses = list(responses_of(pairs).values())
-    score = functools.partial(_logps, config=config, accelerator=accelerator, progress=progress)
+    score = functools.partial(_values, config=config, accelerator=accelerator, progress=progress)
     model = load(iteration - 1)
-    logps, cu_seqlens = score(model, responses)
-    found = {"logps": logps, "cu_seqlens": cu_seqlens}
+    masked = "segments.weights" in objective.requires
+    values, cu_seqlens = score(model, responses, stats=("entropy",) if masked else ())
+    found = {"logps": values[0], "cu_seqlens": cu_seqlens}
     if "segments.token_coefs" in objective.requires:
-        better, worse = (score(model, _contrasted(pairs, text, codec))[0] for text in config.contrast_prompts)
+        better, worse = (score(model, _contrasted(pairs, text, codec))[0][0] for text in config.contrast_prompts)
         found["token_coefs"] = contrast_token_rewards(better, worse)
-    if "segments.weights" in objective.requires:
-        found["weights"] = uncertainty_masks(model, responses, config.micro_batch_tokens, accelerator, progress)
+    if masked:
+        found["weights"] = uncertainty_masks(values[1], cu_seqlens)
     if config.reference_mix and iteration > 1:
-        start, _ = score(load(0), responses)
-        found["logps"] = mixed_reference(start, logps, config.reference_mix)
+        (start,), _ = score(load(0), responses)
+        found["logps"] = mixed_reference(start, values[0], config.reference_mix)
     return found
 
 
-def _logps(
+def _values(
     model: PreTrainedModel,
     responses: Sequence[PromptResponse],
     config: Config,
     accelerator: Accelerator,
     progress: Progress | None,
+    stats: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    budget = config.micro_batch_tokens
+    """([1 + stats, T] log-probs and statistics, cu_seqlens [S+1])."""
+    settings: dict[str, Any] = {"micro_batch_tokens": config.micro_batch_tokens, "progress": progress}
     logps_of = tree_response_logps if config.sharing else response_logps
-    return logps_of(model, responses, micro_batch_tokens=budget, accelerator=accelerator, progress=progress)
+    values, cu_seqlens = logps_of(model, responses, stats=stats, accelerator=accelerator, **settings)
+    return torch.atleast_2d(values), cu_seqlens
 
 
 def _contrasted(pairs: Sequence[PairRecord], text: str, codec: Codec) -> list[PromptResponse]:
@@ -116,30 +119,14 @@ def _inside(text: str, prompt: Text) -> Text:
     return [*prompt[:-1], {**prompt[-1], "content": text.replace("{prompt}", prompt[-1]["content"])}]
 
 
-@torch.no_grad()
-def uncertainty_masks(
-    model: PreTrainedModel,
-    responses: Sequence[PromptResponse],
-    budget: int,
-    accelerator: Accelerator,
-    progress: Progress | None = None,
-) -> Tensor:
-    """[T] fp32 weights in [0, 1]: the entropy of the reference at each token, over the largest one of its response.
+def uncertainty_masks(entropy: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[T] weights in [0, 1]: the entropy [T] of the reference at each token, over the largest one of its response.
 
     What is certain is left out of the log-ratio: a sparse mask. SparsePO (Christopoulou et al. 2024) derives its masks
     from the reference's activations (MAPO) or trains them; those are the caller's, this one needs neither.
     """
-    scorer, device = ResponseScorer(model), next(model.parameters()).device
-    masks: dict[int, Tensor] = {}
-    for group in split_by_tokens([len(p) + len(r) - 1 for p, r in responses], budget):
-        batch = collate([responses[i] for i in group]).to(device)
-        with accelerator.autocast():
-            _, stats = scorer(batch, functools.partial(batch.logps, stats=("entropy",)))
-        parts = stats["entropy"].float().cpu().split(batch.cu_seqlens.diff().tolist())
-        masks |= {i: part / part.max().clamp(min=1e-6) for i, part in zip(group, parts, strict=True)}
-        if progress is not None:
-            progress(len(group))
-    return torch.cat([masks[i] for i in range(len(responses))])
+    parts = entropy.split(cu_seqlens.diff().tolist())
+    return torch.cat([part / part.max().clamp(min=1e-6) for part in parts])
 
 
 def split_by_key(

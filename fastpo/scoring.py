@@ -49,6 +49,9 @@ class TreeScorer(nn.Module):
     but no logits are stored, and the LM head sees each distinct predictor of ``nodes`` once: where a tree branches,
     several nodes share one. ``nodes`` [M] may hold no roots, which nothing predicts; None: ``trained_nodes(tree)``.
 
+    With ``reference``, the scorer of another model, the statistics hold ``kl`` [M] besides, with gradient:
+    KL(reference || policy) over the vocabulary where node i is predicted, in the policy's precision.
+
     Enables the model. Raises FastpoError where trees cannot go through it (see ``enable``), or where its logits are
     more than its LM head and config say.
     """
@@ -60,12 +63,29 @@ class TreeScorer(nn.Module):
         check_head(base)
         self._no_split_modules = getattr(base, "_no_split_modules", None)  # where FSDP's wrapping policy looks
 
-    def forward(self, tree: TokenTree, nodes: Tensor | None = None, stats: tuple[str, ...] = (), topk: int = 10) -> Any:
-        base = transformers_model(self.model)
+    def forward(
+        self,
+        tree: TokenTree,
+        nodes: Tensor | None = None,
+        stats: tuple[str, ...] = (),
+        topk: int = 10,
+        reference: "TreeScorer | None" = None,
+    ) -> Any:
         if nodes is None:
             nodes = trained_nodes(tree)
-        hidden = hidden_states(base, **tree_inputs(_padded(tree)))[0]  # [N, H], and rows that nothing reads
-        return Head.of(base).logps(hidden, tree.tokens[nodes], tree.parent[nodes], stats=stats, topk=topk)
+        (head, hidden), rows = self._states(tree), tree.parent[nodes]
+        found = head.logps(hidden, tree.tokens[nodes], rows, stats=stats, topk=topk)
+        if reference is None:
+            return found
+        with torch.no_grad():
+            known = reference._states(tree)
+        logps, values = found if stats else (found, {})
+        return logps, {**values, "kl": head.token_kl(hidden, *known, rows)}
+
+    def _states(self, tree: TokenTree) -> tuple[Head, Tensor]:
+        """The LM head and the hidden states [N, H] of the tree, with rows behind them that nothing reads."""
+        base = transformers_model(self.model)
+        return Head.of(base), hidden_states(base, **tree_inputs(_padded(tree)))[0]
 
 
 def _padded(tree: TokenTree) -> TokenTree:

@@ -25,6 +25,7 @@ def tree_response_logps(
     model: Any,
     sequences: Sequence[PromptResponse],
     *,
+    stats: tuple[str, ...] = (),
     micro_batch_tokens: int = 16384,
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
@@ -42,15 +43,16 @@ def tree_response_logps(
     ]
     budget = max([micro_batch_tokens, *(len(prompt) + len(response) for prompt, response in sequences)])
     cu_seqlens = torch.tensor([0, *(len(response) for _, response in sequences)]).cumsum(0)
-    logps = torch.zeros(int(cu_seqlens[-1]))  # [T]
-    scores = score_stream(model, trees, token_budget=budget, accelerator=accelerator)
+    values = torch.zeros(1 + len(stats), int(cu_seqlens[-1]))  # [1 + stats, T]
+    scores = score_stream(model, trees, token_budget=budget, stats=stats, accelerator=accelerator)
     for own, tree, scored in zip(together, trees, scores, strict=True):
         nodes, bounds = sequence_nodes(tree)
-        for i, part in zip(own, scored.logps[nodes].split(bounds.diff().tolist()), strict=True):
-            logps[cu_seqlens[i] : cu_seqlens[i + 1]] = part
+        found = torch.stack([scored.logps, *(scored.stats[name] for name in stats)])[:, nodes]
+        for i, part in zip(own, found.split(bounds.diff().tolist(), dim=1), strict=True):
+            values[:, cu_seqlens[i] : cu_seqlens[i + 1]] = part
         if progress is not None:
             progress(len(own))
-    return logps, cu_seqlens
+    return values if stats else values[0], cu_seqlens
 
 
 def _sharing(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

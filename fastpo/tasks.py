@@ -97,7 +97,7 @@ class ScoredShare:
     """A share of a batch whose loss is known already, by its slopes."""
 
     responses: Mapping[str, PromptResponse]  # by key
-    slopes: Mapping[str, Tensor]  # key -> [n], of the batch's loss, by its log-probs
+    slopes: Mapping[str, Tensor]  # key -> [1, n], of the batch's loss, by its log-probs
     values: Tensor | None = None  # [NUM_PAIR_SUMS] of the batch, in one of its shares
 
 
@@ -118,11 +118,11 @@ class PreferenceTask(ItemTask):
         _check_reference(pairs, None if reference is None else reference.logps, objective)
         self.pairs, self.reference = _separated(pairs, reference, objective)
         self.objective = objective
-        self.ref_scorer = None
+        self.ref_scorer: Any = None
         if needs_kl(objective):
             if self.reference is None or self.reference.model is None:
                 raise FastpoError(f"reference has no model; objective {objective.name} needs its whole distribution")
-            self.ref_scorer = ResponseScorer(self.reference.model)
+            self.ref_scorer = self.scorer(self.reference.model)
         self.lengths = [len(p.present) * (p.longest - 1) for p in pairs]
         self.has_weights = "pairs.weights" not in (() if objective.couple is None else objective.couple.makes)
         if not self.has_weights and any(p.weight != 1 for p in pairs):
@@ -155,7 +155,7 @@ class PreferenceTask(ItemTask):
             packed = collate([responses[key] for key in share]).to(device)
             with torch.no_grad():
                 logps = scorer(packed, packed.logps)  # [R]
-            scored |= zip(share, logps.split(packed.cu_seqlens.diff().tolist()), strict=True)
+            scored |= zip(share, logps[None].split(packed.cu_seqlens.diff().tolist(), dim=1), strict=True)
         slopes, values = self.slopes(pairs, scored, batch)
         shares = [[ScoredShare({key: responses[key] for key in share}, slopes) for share in each] for each in rounds]
         shares[0][0] = replace(shares[0][0], values=values)
@@ -164,15 +164,19 @@ class PreferenceTask(ItemTask):
     def slopes(
         self, pairs: Sequence[PairRecord], scored: Mapping[str, Tensor], batch: Sequence[int]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """(key -> [n] d loss / d log-probs, sums [NUM_PAIR_SUMS]) of ``pairs`` whose log-probs [n] are ``scored``."""
-        lengths = [len(part) for part in scored.values()]
-        logps = torch.cat(list(scored.values())).requires_grad_()  # [T]
+        """(key -> [C, n] d loss / d ``scored``, sums [NUM_PAIR_SUMS]) of ``pairs``.
+
+        ``scored``: key -> [C, n], a response's log-probs and, where the objective takes it, its KL.
+        """
+        lengths = [part.shape[1] for part in scored.values()]
+        columns = torch.cat(list(scored.values()), dim=1).requires_grad_()  # [C, T]
+        logps, *kl = columns
         cu_seqlens = torch.tensor([0, *lengths], device=logps.device).cumsum(0)
         ref_logps, segments, table = self.arguments(pairs, list(scored), cu_seqlens)
-        out = preference_loss(logps, ref_logps, segments, table, self.summed(batch))
-        (gradient,) = torch.autograd.grad(out.loss, logps)
+        out = preference_loss(logps, ref_logps, with_kl(segments, *kl), table, self.summed(batch))
+        (gradient,) = torch.autograd.grad(out.loss, columns)
         values = self.sums(out, table, cu_seqlens, {name: logps.new_zeros(0) for name in STATS})
-        return dict(zip(scored, gradient.split(lengths), strict=True)), values[:NUM_PAIR_SUMS]
+        return dict(zip(scored, gradient.split(lengths, dim=1), strict=True)), values[:NUM_PAIR_SUMS]
 
     def loss(self, scorer: nn.Module, share: Any, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         if isinstance(share, ScoredShare):
@@ -186,8 +190,7 @@ class PreferenceTask(ItemTask):
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
             segments, known = given_segments, self._reference_states(packed)  # here: under the policy's autocast
             if known is not None:
-                kl = head.token_kl(hidden, *known)  # [R]
-                segments = replace(segments, kl=kl, kl_weights=segments.weights)
+                segments = with_kl(segments, head.token_kl(hidden, *known))
             given = (hidden, packed.labels, ref_logps, segments, table, objective)
             out, stats = head.preference_loss(*given, stats=STATS)
             return out.loss, self.sums(out, table, packed.cu_seqlens, stats)
@@ -196,7 +199,7 @@ class PreferenceTask(ItemTask):
 
     def _loss_by_slopes(self, scorer: nn.Module, share: ScoredShare, device: torch.device) -> tuple[Tensor, Tensor]:
         packed = collate(list(share.responses.values())).to(device)
-        slopes = _packed(share.slopes, share.responses, device)  # [R]
+        slopes = torch.cat([share.slopes[key][0] for key in share.responses]).to(device)  # [R]
 
         def of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
             logps, stats = head.logps(hidden, packed.labels, stats=STATS)  # [R]
@@ -278,6 +281,11 @@ class PreferenceTask(ItemTask):
         counts = (sum(len(p.chosen_ids) for p in pairs), sum(len(p.rejected_ids) for p in pairs))
         per_pair = sum(n for n, a in zip(counts, objective.nll_coefs, strict=True) if a) / len(pairs) or 1.0
         return replace(objective, nll=tuple(a / per_pair for a in objective.nll_coefs), nll_normalizer="none")
+
+
+def with_kl(segments: Segments, kl: Tensor | None = None) -> Segments:
+    """``segments`` with the KL [T] of their tokens, if any, masked as their log-ratios are (SparsePO)."""
+    return segments if kl is None else replace(segments, kl=kl, kl_weights=segments.weights)
 
 
 def _dealt(lengths: Sequence[int], budget: int, processes: int) -> list[list[list[int]]]:

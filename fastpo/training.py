@@ -5,7 +5,6 @@ the step. Checkpoints (model, optimizer, random states, history) let a killed st
 result to the bit.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +24,10 @@ from fastpo.errors import FastpoError
 from fastpo.models import PromptResponse, check_sequences, context_length
 from fastpo.objectives import Objective
 from fastpo.pairs import PairRecord
-from fastpo.references import Reference, needs_kl
+from fastpo.references import Reference
 from fastpo.tasks import PreferenceTask, Record, SupervisedTask, Task
 from fastpo.tree_task import TreePreferenceTask
 
-logger = logging.getLogger("fastpo")
 Log = Callable[[Record], None]
 
 
@@ -126,9 +124,9 @@ def train_preference(
     split into micro-batches and processes.
 
     With ``config.sharing`` the responses of a batch make trees (fastpo/tree_task.py): each distinct token goes through
-    the model once. Without, and for objectives of the KL over the vocabulary, a response goes through once for all its
-    pairs of a micro-batch. An objective that couples its batch (``Objective.couples_scores``) couples all of it either
-    way: a batch that does not fit one forward is scored first, a forward more.
+    the model once. Without, a response goes through once for all its pairs of a micro-batch. An objective that couples
+    its batch (``Objective.couples_scores``) couples all of it either way: a batch that does not fit one forward is
+    scored first, a forward more. Objectives of the KL over the vocabulary (TDPO, SparsePO) run ``reference.model`` too.
 
     Returns a record per step: loss; NLL of the chosen; rewards (beta times log-ratio), their margin and ranking
     accuracy; log-probs per response (``logps_*``) and per token (``logps_per_token_*``); entropy and top-10 mass per
@@ -137,13 +135,7 @@ def train_preference(
     Raises FastpoError before any work for no pairs, for an empty or too long response, and for reference log-probs that
     are missing, of the wrong shape, or not wanted, and with ``config.sharing`` for a model that cannot take trees.
     """
-    sharing = config.sharing and not needs_kl(objective)
-    if config.sharing and not sharing:
-        logger.warning(
-            "objective %s takes the KL of whole distributions: trained response by response, as with --no_sharing",
-            objective.name,
-        )
-    task = (TreePreferenceTask if sharing else PreferenceTask)(pairs, reference, objective)
+    task = (TreePreferenceTask if config.sharing else PreferenceTask)(pairs, reference, objective)
     for at, name in enumerate(("chosen", "rejected")):
         sequences = [p.members[at][1:] for p in pairs if p.members[at][0] or not p.present]
         check_sequences(sequences, context_length(model), f"{name} of pairs")

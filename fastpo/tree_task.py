@@ -4,7 +4,8 @@ The responses of a prompt make a tree; trees share rows of at most the budget, a
 The gradient is that of the mean over the batch's pairs, whatever the packing: losses are sums over pairs. Where the
 members of a pair do not lie in one row (their tree is over the budget), or the objective couples a batch of several
 rows, the loss is taken from log-probs that are scored first, without gradient; its slopes are then the coefficients of
-each row's own log-probs.
+each row's own log-probs. The KL of whole distributions (TDPO, SparsePO) goes beside the log-probs: it belongs to a
+node as they do.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.host import host
+from fastpo.integrations.head import take
 from fastpo.kernels.preference_loss import preference_loss
 from fastpo.models import PromptResponse
 from fastpo.objectives.coupling import TokenRewards
 from fastpo.pairs import PairRecord
 from fastpo.sharing import sharing_scorer
-from fastpo.tasks import NUM_PAIR_SUMS, STATS, PreferenceTask, token_sums
+from fastpo.tasks import NUM_PAIR_SUMS, STATS, PreferenceTask, token_sums, with_kl
 from fastpo.trees import build_tree, pack, sequence_nodes, trained_nodes
 from fastpo.types import TokenTree
 
@@ -35,7 +37,7 @@ class Row:
     tree: TokenTree
     keys: list[str]
     pairs: list[PairRecord]  # with all their members here: their loss is taken here
-    slopes: Mapping[str, Tensor] = field(default_factory=dict)  # key -> [n], of other pairs' loss, by its log-probs
+    slopes: Mapping[str, Tensor] = field(default_factory=dict)  # key -> [C, n], of other pairs' loss, by its columns
     values: Tensor | None = None  # [NUM_PAIR_SUMS] of those pairs, in one of their rows
 
 
@@ -64,26 +66,44 @@ class TreePreferenceTask(PreferenceTask):
         return [rows[start : start + processes] for start in range(0, len(rows), processes)]
 
     def loss(self, scorer: nn.Module, share: Row, batch: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        logps, cu_seqlens, stats = _response_logps(scorer, share.tree, device)  # [T], [S+1], [T] each
-        values = logps.new_zeros(NUM_PAIR_SUMS) if share.values is None else share.values
+        columns, cu_seqlens, stats = self._columns(scorer, share.tree, device)  # [C, T], [S+1], [T] each
+        values = columns.new_zeros(NUM_PAIR_SUMS) if share.values is None else share.values
+        slopes = self._slopes(share, columns, cu_seqlens)  # [C, T]
         if not share.pairs:
-            values = torch.cat((values, torch.stack(token_sums(stats)).float()))
-            return (logps * self._slopes(share, cu_seqlens)).sum(), values
+            return (columns * slopes).sum(), torch.cat((values, torch.stack(token_sums(stats)).float()))
+        logps, *kl = columns
         ref_logps, segments, table = self.arguments(share.pairs, share.keys, cu_seqlens)
         if share.slopes:
-            segments = replace(segments, token_coefs=self._slopes(share, cu_seqlens))
-        out = preference_loss(logps, ref_logps, segments, table, self.summed(batch))
+            segments = replace(segments, token_coefs=slopes[0])
+        out = preference_loss(logps, ref_logps, with_kl(segments, *kl), table, self.summed(batch))
         sums = self.sums(out, table, cu_seqlens, stats)
         sums[:NUM_PAIR_SUMS] += values
-        return out.loss, sums
+        return out.loss + (columns[1:] * slopes[1:]).sum(), sums
 
-    def _slopes(self, row: Row, cu_seqlens: Tensor) -> Tensor:
-        """[T] coefficients of a row's log-probs: its slopes where a response has them, else the response's own."""
-        columns = {} if self.reference is None else self.reference.columns
-        given = {**columns.get("token_coefs", {}), **row.slopes}
-        lengths = cu_seqlens.diff().tolist()
-        parts = [given.get(key, torch.zeros(n)) for key, n in zip(row.keys, lengths, strict=True)]
-        return torch.cat([part.to(cu_seqlens.device) for part in parts])
+    def _slopes(self, row: Row, columns: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[C, T] of a row's columns: the slopes of a response that has them, else its own coefficients of log-probs."""
+        own = {} if self.reference is None else self.reference.columns.get("token_coefs", {})
+        slopes = torch.zeros_like(columns)
+        for key, part in zip(row.keys, slopes.split(cu_seqlens.diff().tolist(), dim=1), strict=True):
+            if key in row.slopes:
+                part.copy_(row.slopes[key])
+            elif key in own:
+                part[0] = own[key]
+        return slopes
+
+    def _columns(
+        self, scorer: nn.Module, tree: TokenTree, device: torch.device
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(columns [C, T], cu_seqlens [S+1], statistics [T]) of the counted tokens of the tree's sequences.
+
+        The columns that the loss has slopes by: log-probs and, where the objective takes it, the KL.
+        """
+        nodes, (tokens, cu_seqlens) = trained_nodes(tree), sequence_nodes(tree)
+        index = torch.searchsorted(nodes, tokens).to(device)  # [T] into nodes
+        logps, stats = scorer(tree.to(device), nodes.to(device), STATS, reference=self.ref_scorer)  # [M] each
+        kl = [] if self.ref_scorer is None else [stats["kl"]]
+        columns = torch.stack([take(values, index) for values in (logps, *kl)])
+        return columns, cu_seqlens.to(device), {name: stats[name][index] for name in STATS}
 
     def _with_slopes(
         self,
@@ -99,8 +119,8 @@ class TreePreferenceTask(PreferenceTask):
         for row in rows:
             if not wanted.isdisjoint(row.keys):
                 with torch.no_grad():
-                    logps, cu_seqlens, _ = _response_logps(scorer, row.tree, device)
-                found = zip(row.keys, logps.split(cu_seqlens.diff().tolist()), strict=True)
+                    columns, cu_seqlens, _ = self._columns(scorer, row.tree, device)
+                found = zip(row.keys, columns.split(cu_seqlens.diff().tolist(), dim=1), strict=True)
                 scored |= {key: part for key, part in found if key in wanted}
         slopes, values = self.slopes(apart, scored, batch)
         taken = [row for row in rows if not wanted.isdisjoint(row.keys)]
@@ -182,18 +202,3 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all of them start with."""
     first, last = min(map(list, prompts)), max(map(list, prompts))
     return next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-
-
-def _response_logps(
-    scorer: nn.Module, tree: TokenTree, device: torch.device
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(logps [T], cu_seqlens [S+1], statistics [T]) of the counted tokens of the tree's sequences."""
-    nodes, (tokens, cu_seqlens) = trained_nodes(tree), sequence_nodes(tree)
-    index = torch.searchsorted(nodes, tokens).to(device)  # [T] into nodes
-    logps, stats = scorer(tree.to(device), nodes.to(device), STATS)  # [M] each
-    return _take(logps, index), cu_seqlens.to(device), {name: value[index] for name, value in stats.items()}
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """``values[index]`` whose gradient is summed in a fixed order."""
-    return values.index_select(0, index) if values.device.type == "cpu" else values[index]

@@ -90,15 +90,22 @@ class Head:
         of = (labels, ref_logps, segments, pairs, objective)
         return linear_preference_loss(hidden, self.weight, *of, **self.settings, **settings)
 
-    def token_kl(self, hidden: Tensor, ref_head: "Head", ref_hidden: Tensor) -> Tensor:
-        """[N] KL(reference || policy) of hidden [N, H] and the reference's hidden states: ``linear_token_kl``."""
+    def token_kl(self, hidden: Tensor, ref_head: "Head", ref_hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[R] KL(reference || policy) at ``rows`` [R] (else at all N) of hidden [N, H] and the reference's [N, H'].
+
+        ``linear_token_kl`` of the distinct rows.
+        """
         heads = {"lm_head": self, "the reference's lm_head": ref_head}
         for name, head in heads.items():
             if head.lora is not None or isinstance(head.weight, DTensor):
                 raise FastpoError(f"{name} has LoRA or is sharded; the KL needs a whole, plain head")
         same = {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
         shifts = {"bias": self.bias, "ref_bias": ref_head.bias}
-        return linear_token_kl(hidden, self.weight, ref_hidden, ref_head.weight, **shifts, **same)
+        mask = None
+        if rows is not None:
+            mask = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, rows, True)
+        kl = linear_token_kl(hidden, self.weight, ref_hidden, ref_head.weight, mask=mask, **shifts, **same)
+        return kl if rows is None else take(kl, rows)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -130,6 +137,11 @@ class Head:
             a, b, scale = self.lora
             mean = mean + scale * (x @ a.float().t() @ b.mean(0, dtype=torch.float32))
         return self.logit_scale * mean
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` whose gradient is summed in a fixed order."""
+    return values.index_select(0, index) if values.device.type == "cpu" else values[index]
 
 
 def check_head(model: Any) -> None:
