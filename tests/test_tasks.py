@@ -19,6 +19,7 @@ from fastpo.errors import FastpoError
 from fastpo.models import ResponseScorer, response_logps
 from fastpo.pairs import PairRecord
 from fastpo.references import Reference, responses_of, uncertainty_masks
+from fastpo.sharing import tree_response_logps
 from fastpo.tasks import PreferenceTask
 from fastpo.tree_task import TreePreferenceTask
 
@@ -178,7 +179,8 @@ def test_token_rewards_and_masks(task_type):
         assert total.item() == pytest.approx(expected + sum(rewarded).item(), rel=1e-5)
 
 
-def test_tdpo_and_sparse_po_see_the_whole_distribution():
+@TASKS
+def test_tdpo_and_sparse_po_see_the_whole_distribution(task_type):
     records = [record(0, 1), record(3, 5)]
     reference = reference_of(records, model=REFERENCE)
     masks = {key: torch.linspace(0.0, 1.0, len(ids)) for key, (_, ids) in responses_of(records).items()}
@@ -196,11 +198,11 @@ def test_tdpo_and_sparse_po_see_the_whole_distribution():
             for m in (w, r)
         ]
         sparse += softplus(-0.1 * (both[0] - both[1]))
-    assert loss(PreferenceTask, records, objectives.tdpo2(), reference)[0] == pytest.approx(tdpo.item(), rel=1e-5)
+    assert loss(task_type, records, objectives.tdpo2(), reference)[0] == pytest.approx(tdpo.item(), rel=1e-5)
     masked = replace(reference, columns={"weights": masks})
-    assert loss(PreferenceTask, records, objectives.sparse_po(), masked)[0] == pytest.approx(sparse.item(), rel=1e-5)
+    assert loss(task_type, records, objectives.sparse_po(), masked)[0] == pytest.approx(sparse.item(), rel=1e-5)
     with pytest.raises(FastpoError, match="reference has no model; objective tdpo2 needs its whole distribution"):
-        PreferenceTask(records, reference_of(records), objectives.tdpo2())
+        task_type(records, reference_of(records), objectives.tdpo2())
 
 
 @TASKS
@@ -217,21 +219,25 @@ def test_a_response_counts_in_each_pair_as_that_pair_says(task_type):
     assert found == pytest.approx(sum(expected), rel=1e-5)
 
 
-def test_tdpo2_detaches_the_chosen_in_their_place_alone():
+@TASKS
+def test_tdpo2_detaches_the_chosen_in_their_place_alone(task_type):
     """Response 1 is chosen in one pair and rejected in the other; the KL has its gradient there."""
     records = [record(1, 0), record(2, 1)]
     everything = reference_of(records, model=REFERENCE)
-    both = gradients(PreferenceTask, records, objectives.tdpo2(), everything)
-    apart = [gradients(PreferenceTask, [one], objectives.tdpo2(), everything) for one in records]
+    both = gradients(task_type, records, objectives.tdpo2(), everything)
+    apart = [gradients(task_type, [one], objectives.tdpo2(), everything) for one in records]
     assert (both - sum(apart)).norm() <= 1e-5 * both.norm()
 
 
-def test_the_kl_refuses_a_head_with_lora():
+@TASKS
+def test_the_kl_refuses_a_head_with_lora(task_type):
     records = [record(0, 1)]
     model = get_peft_model(build(seed=1), LoraConfig(target_modules=["lm_head"], r=2))
-    task = PreferenceTask(records, reference_of(records, model=REFERENCE), objectives.tdpo2())
+    task = task_type(records, reference_of(records, model=REFERENCE), objectives.tdpo2())
+    scorer, device = task.scorer(model), torch.device("cpu")
+    ((share,),) = task.rounds(scorer, [0], 10**6, 1, device)
     with pytest.raises(FastpoError, match="lm_head has LoRA or is sharded; the KL needs a whole, plain head"):
-        task.loss(task.scorer(model), [0], [0], torch.device("cpu"))
+        task.loss(scorer, share, [0], device)
 
 
 def gradients(task_type, records, objective, reference):
@@ -259,9 +265,14 @@ def test_trees_give_the_same_gradients(name):
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_uncertainty_masks():
+@pytest.mark.parametrize("logps_of", [response_logps, tree_response_logps])
+def test_uncertainty_masks(logps_of):
+    """Of the entropies that the forward of the reference gives besides."""
     responses = [of(0), of(4), of(2)]
-    found = uncertainty_masks(REFERENCE, responses, 20, Accelerator(cpu=True)).split([len(r) for _, r in responses])
+    arguments = {"micro_batch_tokens": 20, "accelerator": Accelerator(cpu=True)}
+    (logps, entropy), cu_seqlens = logps_of(REFERENCE, responses, stats=("entropy",), **arguments)
+    assert torch.equal(logps, logps_of(REFERENCE, responses, **arguments)[0])
+    found = uncertainty_masks(entropy, cu_seqlens).split([len(r) for _, r in responses])
     for mask, response in zip(found, responses, strict=True):
         p = distributions(REFERENCE, *response)
         entropy = -(p.exp() * p).sum(-1)

@@ -18,6 +18,7 @@ from fastpo import objectives
 from fastpo.errors import FastpoError
 from fastpo.models import ResponseScorer, load_model, response_logps
 from fastpo.pairs import PairRecord
+from fastpo.references import Reference
 from fastpo.tasks import PreferenceTask
 from fastpo.training import TrainConfig, _accumulate_gradients, train_preference, train_sft
 
@@ -229,13 +230,19 @@ def test_two_processes_train_what_one_does(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
-    arguments = {"objective": objectives.irpo(), "accelerator": Accelerator(cpu=True), "log": lambda record: None}
-    for sharing, names in ((True, ("ddp", "cut", "fsdp2", "fsdp2_resumed")), (False, ("unshared", "fsdp2unshared"))):
-        model, config = build(), settings(sharing=sharing)
-        output = tmp_path / f"one_{sharing}"
-        train_preference(model, pairs(9), reference(pairs(9)), config=config, output_dir=output, **arguments)
+    given = Reference(reference(pairs(9)), model=build(seed=5))
+    arguments = {"accelerator": Accelerator(cpu=True), "log": lambda record: None}
+    for objective, tolerance, sharing, names in (
+        (objectives.irpo(), 1e-5, True, ("ddp", "cut", "fsdp2", "fsdp2_resumed")),
+        (objectives.irpo(), 1e-5, False, ("unshared", "fsdp2unshared")),
+        # smaller gradients, whose rounding Adam makes more of: micro-batches of one process differ by 2e-5 too
+        (objectives.tdpo2(), 1e-4, False, ("fsdp2kl",)),
+    ):
+        model, output = build(), tmp_path / f"one_{names[0]}"
+        arguments |= {"objective": objective, "config": settings(sharing=sharing)}
+        train_preference(model, pairs(9), given, output_dir=output, **arguments)
         for name in names:
-            assert largest_difference(load_model(tmp_path / name), model) < 1e-5, name
+            assert largest_difference(load_model(tmp_path / name), model) < tolerance, name
     expected, _ = response_logps(build(), [(p.prompt_ids, p.chosen_ids) for p in pairs(9)])
     torch.testing.assert_close(torch.load(tmp_path / "logps.pt"), expected, rtol=1e-5, atol=1e-5)
 

@@ -20,6 +20,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from fastpo import objectives
 from fastpo.errors import FastpoError
+from fastpo.integrations import head
 from fastpo.models import response_logps
 from fastpo.pairs import PairRecord
 from fastpo.references import Reference
@@ -30,6 +31,7 @@ from fastpo.training import TrainConfig, _accumulate_gradients, train_preference
 from fastpo.tree_task import TreePreferenceTask, groups, plan
 
 ONE_ROW = 10_000
+KL = ("tdpo1", "tdpo2", "sparse_po")
 
 
 def records_of(prompts: list[list[int]], responses: list[list[list[int]]], chosen: list[tuple]) -> list[PairRecord]:
@@ -79,10 +81,12 @@ def solutions() -> list[PairRecord]:
     return records_of([few_shot + q for q in questions], responses, chosen)
 
 
-def step(task_type, records, objective, budget, model=None):
+def step(task_type, records, objective, budget, model=None, given=None):
     """(gradients, records) of one batch of all ``records``."""
     model = model or build()
-    task = task_type(records, reference(records) if objective.needs_reference else None, objective)
+    if given is None and objective.needs_reference:
+        given = reference(records)
+    task = task_type(records, given, objective)
     config = train_settings(micro_batch_tokens=budget)
     sums = _accumulate_gradients(task.scorer(model), task, list(range(len(records))), config, Accelerator(cpu=True))
     return [p.grad for p in model.parameters()], task.record(sums)
@@ -97,10 +101,11 @@ def assert_same_step(found, expected, rel: float = 1e-5) -> None:
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(forests(), st.sampled_from([1, 12, ONE_ROW]))
-def test_random_forests_give_the_gradients_of_their_paths(records, budget):
-    found = step(TreePreferenceTask, records, objectives.irpo(), budget)
-    assert_same_step(found, step(PreferenceTask, records, objectives.irpo(), ONE_ROW), rel=2e-5)
+@given(forests(), st.sampled_from([1, 12, ONE_ROW]), st.sampled_from(["irpo", "tdpo2", "sparse_po"]))
+def test_random_forests_give_the_gradients_of_their_paths(records, budget, name):
+    objective, given = objectives.by_name(name), everything(records, name)
+    found = step(TreePreferenceTask, records, objective, budget, given=given)
+    assert_same_step(found, step(PreferenceTask, records, objective, ONE_ROW, given=given), rel=2e-5)
 
 
 @pytest.mark.parametrize("budget", [1, 60, 150, ONE_ROW])
@@ -133,8 +138,19 @@ def test_objectives_do_not_depend_on_the_packing(name, task_type, budget):
         assert found[1]["tokens"] == expected[1]["tokens"]
 
 
+def everything(records: list[PairRecord], name: str) -> Reference:
+    """The reference's log-probs, and what TDPO and SparsePO need besides: its model, a mask in [0, 1] of each token."""
+    ref_logps = reference(records)
+    masks = {key: torch.sin(7 * logps).abs() for key, logps in ref_logps.items()}
+    return Reference(ref_logps, {"weights": masks} if name == "sparse_po" else {}, build(seed=5))
+
+
 def with_columns(name: str) -> tuple[list[PairRecord], Reference]:
-    """What lipo and t_reg need besides: lists of a prompt's six solutions, or of three of them; rewards of tokens."""
+    """What lipo and t_reg need besides: lists of a prompt's six solutions, or of three of them; rewards of tokens.
+
+    And the objectives of the KL."""
+    if name in KL:
+        return solutions(), everything(solutions(), name)
     records = solutions()
     if name == "lipo":
         lists = {}
@@ -154,27 +170,25 @@ def with_columns(name: str) -> tuple[list[PairRecord], Reference]:
     return records, Reference(ref_logps, {"token_coefs": rewards} if name == "t_reg" else {})
 
 
-@pytest.mark.parametrize("name", ["lipo", "t_reg"])
+@pytest.mark.parametrize("name", ["lipo", "t_reg", *KL])
 @pytest.mark.parametrize(
     "task_type, budget", [(TreePreferenceTask, 60), (TreePreferenceTask, 150), (PreferenceTask, 100)]
 )
 def test_objectives_of_each_tuple_alone_do_not_depend_on_the_packing(name, task_type, budget):
     """Their tuples cost by the scores of their own members: budgets in which trees are cut, and are not."""
     (records, given), objective = with_columns(name), objectives.by_name(name)
-
-    def batch(task_type, budget):
-        model = build()
-        task = task_type(records, given, objective)
-        config = train_settings(micro_batch_tokens=budget)
-        sums = _accumulate_gradients(task.scorer(model), task, list(range(len(records))), config, Accelerator(cpu=True))
-        return [p.grad for p in model.parameters()], task.record(sums)
-
-    assert_same_step(batch(task_type, budget), batch(PreferenceTask, ONE_ROW))
+    found = step(task_type, records, objective, budget, given=given)
+    assert_same_step(found, step(PreferenceTask, records, objective, ONE_ROW, given=given))
 
 
 @pytest.mark.parametrize(
     ("name", "budget", "more"),
-    [("lipo", 150, 0), ("t_reg", 150, 0), ("bco", ONE_ROW, 0), ("bco", 150, 1), ("irpo", 60, 1), ("lipo", 60, 1)],
+    [
+        *[(name, 150, 0) for name in ("lipo", "t_reg", "tdpo2")],
+        *[(name, 60, 1) for name in ("lipo", "irpo", "tdpo2")],
+        ("bco", ONE_ROW, 0),
+        ("bco", 150, 1),
+    ],
 )
 def test_rows_are_scored_first_only_where_a_loss_needs_it(name, budget, more):
     """A forward per row; one more where a tuple's members lie in several rows, or the whole batch's scores do."""
@@ -193,8 +207,11 @@ def test_rows_are_scored_first_only_where_a_loss_needs_it(name, budget, more):
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mistral", "phi"])
 def test_architectures(name):
-    found = step(TreePreferenceTask, solutions(), objectives.irpo(), 60, build(name))
-    assert_same_step(found, step(PreferenceTask, solutions(), objectives.irpo(), ONE_ROW, build(name)), rel=3e-5)
+    for objective in (objectives.irpo(), objectives.tdpo2()):
+        given = Reference(reference(solutions()), model=build(name, seed=5))
+        found = step(TreePreferenceTask, solutions(), objective, 60, build(name), given)
+        expected = step(PreferenceTask, solutions(), objective, ONE_ROW, build(name), given)
+        assert_same_step(found, expected, rel=3e-5)
 
 
 def test_every_distinct_token_goes_through_the_model_once():
@@ -204,6 +221,21 @@ def test_every_distinct_token_goes_through_the_model_once():
     sequences = {(*p.prompt_ids, *ids) for p in records for ids in (p.chosen_ids, p.rejected_ids)}
     assert row.tree.num_nodes == len({s[:n] for s in sequences for n in range(1, len(s) + 1)})
     assert row.tree.num_sequences == len(set(row.keys)) == len(sequences)
+
+
+def test_the_kl_is_taken_once_per_distinct_predictor(monkeypatch):
+    records, rows, op = solutions(), [], head.linear_token_kl
+
+    def counted(*arguments, mask, **settings):
+        rows.append(int(mask.sum()))
+        return op(*arguments, mask=mask, **settings)
+
+    monkeypatch.setattr(head, "linear_token_kl", counted)
+    step(TreePreferenceTask, records, objectives.tdpo2(), ONE_ROW, given=everything(records, "tdpo2"))
+    predictors = {
+        (*p.prompt_ids, *ids[:n]) for p in records for ids in (p.chosen_ids, p.rejected_ids) for n in range(len(ids))
+    }
+    assert rows == [len(predictors)]
 
 
 @pytest.mark.parametrize("budget", [1, 50, 60, 100, ONE_ROW])
@@ -280,15 +312,27 @@ def test_reference_log_probs_are_those_of_each_response():
     )
 
 
-def test_two_epochs_with_and_without_sharing_have_one_loss_curve(tmp_path):
-    curves = []
+@pytest.mark.parametrize(
+    ("name", "budget", "gradient_checkpointing"),
+    [("irpo", 16384, False), ("irpo", 60, True), ("tdpo2", 60, True), ("sparse_po", 150, False)],
+)
+def test_two_epochs_with_and_without_sharing_have_one_loss_curve(name, budget, gradient_checkpointing, tmp_path):
+    """Rows that trees are cut across (60 tokens) or share (150): gradients accumulate over several of them."""
+    curves, records = [], [replace(pair, weight=1.0) for pair in solutions()]
     for sharing in (True, False):
         history = train_preference(
             build(),
-            solutions(),
-            reference(solutions()),
-            objective=objectives.irpo(),
-            config=train_settings(num_epochs=2, batch_size=8, sharing=sharing, batch_by="prompt"),
+            records,
+            everything(records, name),
+            objective=objectives.by_name(name),
+            config=train_settings(
+                num_epochs=2,
+                batch_size=8,
+                batch_by="prompt",
+                sharing=sharing,
+                micro_batch_tokens=budget,
+                gradient_checkpointing=gradient_checkpointing,
+            ),
             output_dir=tmp_path / str(sharing),
             accelerator=Accelerator(cpu=True),
             log=lambda record: None,
@@ -324,8 +368,7 @@ def test_under_mixed_precision_the_reference_is_the_policy_at_the_start(name, tm
     try:
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         responses = {key: (prompt, ids) for p in pairs() for key, prompt, ids in p.present}
-        logps_of = tree_response_logps if name == "irpo" else response_logps
-        logps, bounds = logps_of(build(), list(responses.values()), accelerator=accelerator)
+        logps, bounds = tree_response_logps(build(), list(responses.values()), accelerator=accelerator)
         ref_logps = dict(zip(responses, logps.split(bounds.diff().tolist()), strict=True))
         records = [replace(pair, weight=1.0) for pair in pairs()]
         (record, *_) = train_preference(

@@ -3,8 +3,8 @@
     python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py DIR
 
 Trains with DDP and with FSDP2 (micro-batches of one or two pairs, a last batch that is smaller than the others), DDP
-with trees that are cut as well, FSDP2 resumed as well, both without trees as well, and leaves each model in DIR/NAME,
-and log-probs that the two processes have shared out in DIR/logps.pt.
+with trees that are cut as well, FSDP2 resumed as well, both without trees as well, FSDP2 with TDPO on trees that are
+cut, and leaves each model in DIR/NAME, and log-probs that the two processes have shared out in DIR/logps.pt.
 """
 
 import os
@@ -22,19 +22,20 @@ from torch.distributed.tensor import DTensor
 
 from fastpo import objectives
 from fastpo.models import response_logps, save_model
+from fastpo.references import Reference
 from fastpo.training import train_preference
 
 directory = Path(sys.argv[1])
 
 
-def train(name: str, accelerator: Accelerator, **changes):
+def train(name: str, accelerator: Accelerator, objective=None, **changes):
     """A model trained on nine pairs, left in DIR/name; its checkpoints go to the directory of the same stem."""
     model = build()
     train_preference(
         model,
         pairs(9),
-        reference(pairs(9)),
-        objective=objectives.irpo(),
+        Reference(reference(pairs(9)), model=build(seed=5)),
+        objective=objective or objectives.irpo(),
         config=settings(**{"micro_batch_tokens": 60, **changes}),
         output_dir=directory / name.split("_")[0],
         accelerator=accelerator,
@@ -72,5 +73,6 @@ assert isinstance(sharded.model.layers[0], FSDPModule)
 assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
 train("fsdp2_resumed", accelerator)  # from the checkpoint that the run before has left
 train("fsdp2unshared", fsdp2_accelerator(), sharing=False)
+train("fsdp2kl", fsdp2_accelerator(), objectives.tdpo2(), micro_batch_tokens=25)
 accelerator.wait_for_everyone()
 os._exit(0)  # gloo's threads and FSDP2's may abort at an orderly exit
