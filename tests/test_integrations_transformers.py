@@ -245,6 +245,55 @@ def test_heads_that_are_refused():
             fused_causal_lm_loss(model.train(), BATCH)
 
 
+class PackedLinear(torch.nn.Module):
+    """As GPTQ's and AWQ's layers: no weight of its own."""
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        (lambda head: torch.ao.nn.quantized.dynamic.Linear(*head.weight.shape[::-1]), "dynamic.* with no plain weight"),
+        (lambda head: PackedLinear(), "PackedLinear with no plain weight"),
+        (lambda head: with_weight(head, torch.int8), "Linear with a weight of torch.int8"),
+        (lambda head: with_weight(head, torch.float8_e4m3fn), "Linear with a weight of torch.float8_e4m3fn"),
+    ],
+)
+def test_quantised_heads_are_refused(layer, message):
+    model = build()
+    model.lm_head = layer(model.lm_head)
+    with pytest.raises(FastpoError, match=f"lm_head is a .*{message}; quantised heads are not supported") as refused:
+        fused_causal_lm_loss(model, BATCH)
+    assert "\n" not in str(refused.value)
+
+
+def with_weight(head, dtype):
+    head.weight = torch.nn.Parameter(head.weight.data.to(dtype), requires_grad=False)
+    return head
+
+
+@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": BATCH["labels"][:, :5]}, r"labels has shape \[4, 5\]; it should be \[4, 12\], as input_ids"),
+        ({"logits_to_keep": 1}, "logits_to_keep is given; the fused head makes no logits"),
+        ({"return_dict": False}, "return_dict is False; it should be True"),
+    ],
+)
+def test_calls_that_are_refused(change, message, padding_free):
+    with pytest.raises(FastpoError, match=message):
+        fused_causal_lm_loss(build(), {**BATCH, **change}, padding_free=padding_free)
+
+
+def test_models_and_references_that_are_refused():
+    with pytest.raises(FastpoError, match="batch has no labels"):
+        fused_causal_lm_loss(build(), {"input_ids": BATCH["input_ids"]})
+    with pytest.raises(FastpoError, match="model is on the meta device"):
+        fused_causal_lm_loss(build().to("meta"), BATCH)
+    with pytest.raises(FastpoError, match="reference is a str; it should be log-probs"):
+        reference_logps("gpt2", BATCH)
+
+
 def _scaled(outputs):
     outputs.logits = outputs.logits * 1.01
     return outputs

@@ -13,7 +13,7 @@ from integration_cases import assert_same_gradients, gradients
 from integration_cases import build as build_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -224,6 +224,38 @@ def test_reference_of_a_peft_model(tmp_path, batch, loaded, padding_free):
     assert made[0][2]["rewards/margins"] != 0
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_lora_on_the_head(tmp_path, batch, padding_free):
+    """TRL refuses it, since its own head would ignore it; here the model's own logits are the truth."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", lora_dropout=0.1)
+    with pytest.raises(ValueError, match="adapter to `lm_head`"):
+        build(DPOTrainer, tmp_path, build_model(seed=1), None, {"peft_config": config})
+    own = {"padding_free": padding_free, "beta": 0.3}
+    trainer = build(FastDPOTrainer, tmp_path, build_model(seed=1), None, {"peft_config": config}, **own)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    loss, grads, _ = step(trainer, batch, {})
+    policy = sequence_logps(trainer.model, batch)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        reference = sequence_logps(trainer.model, batch)
+    chosen, rejected = (policy - reference).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.3 * (chosen - rejected)).mean()
+    trainer.model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(grads, gradients(trainer.model))
+    assert sum("lm_head.lora" in name and bool(grad.any()) for name, grad in grads.items()) == 2
+
+
+def sequence_logps(model, batch):
+    """[2B] from the model's logits."""
+    ids, mask = batch["input_ids"], batch["completion_mask"]
+    logps = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    return (logps.gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1)
+
+
 def test_mixture_of_experts(tmp_path, batch):
     made = []
     for cls, padding_free in ((DPOTrainer, False), (FastDPOTrainer, False), (FastDPOTrainer, True)):
@@ -264,8 +296,11 @@ def refused(tmp_path, message, model=None, arguments=None, **settings):
 
 def test_refusals(tmp_path, batch, trainers):
     refused(tmp_path, "label_smoothing is 0.1, which TRL ignores with loss_type", label_smoothing=0.1)
-    head = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    refused(tmp_path, "adapter to `lm_head`", arguments={"peft_config": head})
+    refused(tmp_path, "label_smoothing_factor is 0.1, of Trainer's cross-entropy", label_smoothing_factor=0.1)
+    with pytest.raises(FastpoError, match=r"args is a TrainingArguments; it should be a trl.DPOConfig"):
+        FastDPOTrainer(build_model(), None, TrainingArguments(str(tmp_path), use_cpu=True))
+    dora = LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    refused(tmp_path, "adapter 'default' on lm_head is a variant of LoRA", arguments={"peft_config": dora})
     sizes = {"vocab_size": tiny_models.VOCABULARY, "hidden_size": 16, "n_layer": 1, "n_head": 2}
     bloom = BloomForCausalLM(BloomConfig(**sizes, initializer_range=0.3))
     refused(tmp_path, "padding_free is True, but the layers of BloomForCausalLM", bloom, padding_free=True)

@@ -17,6 +17,7 @@ from linear_preference_loss_cases import (  # noqa: F401
     counted_operations,
     small_tiles,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastpo import objectives
 from fastpo.kernels.linear_preference_loss import linear_preference_loss, plan, reference
@@ -114,7 +115,9 @@ def test_operations(monkeypatch, train, work, budget):
     """1F, 2F with a frozen head, 3F with a trained one, on the tokens that count alone; more where the plan says so."""
     operations = counted_operations(monkeypatch)
     problem = Problem(objectives.irpo())
-    problem.call(linear_preference_loss, torch.float32, train, memory_budget=budget)
+    with FlopCounterMode(display=False) as counter:
+        problem.call(linear_preference_loss, torch.float32, train, memory_budget=budget)
+    assert counter.get_total_flops() == sum(operations)
     wanted = {"hidden_grad": "hidden" in train, "head_grad": "weight" in train, "memory_budget": budget}
     planned = plan(problem.segments(), Pairs(problem.index), V, H, **wanted)
     unit = 2 * int(problem.segments().mask.sum()) * H * V
@@ -202,7 +205,7 @@ ERRORS = {
     ),
     "reference head": (
         {"ref_logps": None, "ref_hidden": torch.zeros(93, 4)}, ValueError,
-        r"weight, which is the reference's too, has shape \[300, 16\]; it should be \[300, 4\]",
+        r"weight, which is the reference's too, has shape \[300, 16\]; it should be \[V, 4\]",
     ),
     "reference bias": (
         {"ref_logps": None, "ref_hidden": torch.zeros(93, H), "ref_bias": torch.zeros(V)}, ValueError,
@@ -211,6 +214,29 @@ ERRORS = {
     "members": ({"pairs": Pairs(torch.zeros(2, 3, dtype=torch.int64))}, ValueError, r"pairs.index is .* \[2, 3\]"),
     "pair out of range": ({"pairs": Pairs(torch.tensor([[0, 10]]))}, ValueError, r"pairs.index should lie in \[-1, 10"),
     "label out of range": ({"labels": torch.full((93,), V)}, ValueError, r"labels has 300 at position 2"),
+    "reference bias's size": (
+        {"ref_logps": None, "ref_hidden": torch.ones(93, 4), "ref_weight": torch.ones(V, 4), "ref_bias": torch.ones(3)},
+        ValueError, r"ref_bias has shape \[3\]; it should be \[300\], ref_weight being \[300, 4\]",
+    ),
+    "reference's type": (
+        {"ref_logps": None, "ref_hidden": torch.zeros(93, H), "ref_weight": torch.zeros(V, H).half()}, TypeError,
+        r"ref_weight is torch.float16; it should be torch.float32, as ref_hidden is",
+    ),
+    "quantised reference": (
+        {"ref_logps": None, "ref_hidden": torch.zeros(93, H), "ref_weight": torch.zeros(V, H, dtype=torch.int8)},
+        TypeError, r"ref_weight is torch.int8 Tensor; it should be a torch.float32 tensor: quantised heads",
+    ),
+    "reference's vocabulary": (
+        {"ref_logps": None, "ref_hidden": torch.zeros(93, H), "ref_weight": torch.zeros(V - 1, H)}, ValueError,
+        r"ref_weight has shape \[299, 16\]; it should be \[300, 16\], weight being",
+    ),
+    "reference with gradient": (
+        {"ref_logps": None, "ref_hidden": torch.zeros(93, H, requires_grad=True)}, ValueError,
+        r"ref_hidden requires grad; the reference is a constant",
+    ),
+    "reference as a list": ({"ref_logps": [0.0] * 93}, TypeError, r"ref_logps is a list; it should be a tensor"),
+    "nothing ignored": ({"ignore_index": None}, TypeError, r"ignore_index is None; it should be an integer"),
+    "no tensor": ({"hidden": None}, TypeError, r"hidden is a NoneType; it should be a tensor"),
     "budget": ({"memory_budget": 3000}, ValueError, r"memory_budget is 3000 bytes; it should be at least \d+"),
     "no budget": ({"memory_budget": 0}, ValueError, r"memory_budget is 0"),
     "temperature": ({"temperature": 0.0}, ValueError, r"temperature is 0.0; it should be a positive number"),

@@ -248,6 +248,21 @@ A, B = torch.randn(2, H), torch.randn(V, 2)
         ({"stats": ("label_set_prob",)}, "label_set is missing; it should be given exactly when"),
         ({"memory_budget": 0}, "memory_budget is 0; it should be a positive number of bytes"),
         ({"memory_budget": 1000}, "memory_budget is 1000 bytes; it should be at least"),
+        ({"memory_budget": 1e9}, "memory_budget is 1000000000.0; it should be a whole number of bytes, or None"),
+        ({"hidden": None}, "hidden is a NoneType; it should be a tensor"),
+        ({"hidden": torch.zeros(20, H, device="meta")}, "weight is on cpu; it should be on meta, where hidden is"),
+        ({"hidden": torch.zeros(20, H).to_sparse()}, "hidden is torch.sparse_coo; it should be torch.strided"),
+        ({"weight": torch.zeros(V, H).to_sparse()}, "weight is torch.sparse_coo; it should be torch.strided"),
+        ({"weight": torch.zeros(V, H).to(torch.float8_e5m2)}, "weight is torch.float8_e5m2; it should be"),
+        ({"labels": [0] * 20}, "labels is a list; it should be a tensor"),
+        ({"bias": [0.0] * V}, "bias is a list; it should be a tensor"),
+        ({"lora": (A, B, torch.ones(()))}, "lora scale is a Tensor; it should be a number"),
+        ({"temperature": [1.0] * 20}, "temperature is a list; it should be a number or a tensor"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, "logit_scale is a Tensor; it should be a number"),
+        ({"logit_softcap": "30"}, "logit_softcap is a str; it should be a number"),
+        ({"ignore_index": 1.5}, "ignore_index is 1.5; it should be an integer, or None where every label counts"),
+        ({"stats": ("topk_mass",), "topk": 2.0}, "topk is 2.0; it should be from 1 to 16"),
+        ({"group": 3}, "group is a int; it should be a process group, or the name of one"),
     ],
 )  # fmt: skip
 def test_what_it_refuses(changes, message):
@@ -264,6 +279,12 @@ def test_a_quantised_head_is_refused():
     head = torch.zeros(V, H).as_subclass(Params4bit)
     assert "quantised heads are not supported" in call(weight=head)
     assert call(hidden=torch.zeros(20, H).as_subclass(Params4bit)).startswith("hidden is a Params4bit; it should be a")
+
+
+def test_tensors_of_the_meta_device_have_shapes_alone():
+    hidden, weight, labels = (t.to("meta") for t in problem())
+    logps, stats = linear_token_logprobs(hidden, weight.requires_grad_(), labels, stats=("entropy",))
+    assert logps.is_meta and logps.shape == stats["entropy"].shape == (20,) and logps.requires_grad
 
 
 def test_the_plan_in_words():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastpo.errors import FastpoError
+from fastpo.kernels.common.checks import FLOATS
 from fastpo.kernels.linear_preference_loss import linear_preference_loss
 from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
 from fastpo.kernels.token_kl import linear_token_kl
@@ -41,8 +42,8 @@ class Head:
         """The head of a causal LM, peft's wrapper around it or not, as it is now: FSDP and peft exchange it.
 
         Honours a bias, LoRA on the head (several active adapters too), a fully trained copy (``modules_to_save``), the
-        softcap of Gemma and the scales of Granite, Cohere, Falcon-H1, MiniCPM3, HyperCLOVA X. Refuses DeepSpeed's
-        ZeRO-3 and adapters that are not a plain sum of low-rank products (DoRA, dropout in training, ...).
+        softcap of Gemma and the scales of Granite, Cohere, Falcon-H1, MiniCPM3, HyperCLOVA X. Refuses quantised heads,
+        DeepSpeed's ZeRO-3 and adapters that are not a plain sum of low-rank products (DoRA, dropout in training, ...).
         """
         model = unwrapped(model)
         layer = model.get_output_embeddings()
@@ -50,7 +51,7 @@ class Head:
             raise FastpoError(f"model {type(model).__name__} has no output embeddings; the fused head needs an LM head")
         layer = _trained_copy(layer)
         base, lora = (layer.get_base_layer(), _lora_of(layer)) if hasattr(layer, "get_base_layer") else (layer, None)
-        weight, bias = base.weight, getattr(base, "bias", None)
+        weight, bias = _weight_of(base), getattr(base, "bias", None)
         if hasattr(weight, "ds_id"):
             raise FastpoError("lm_head is sharded by DeepSpeed ZeRO-3; the fused head works with ZeRO-2 or FSDP2")
         if isinstance(bias, DTensor):
@@ -217,6 +218,18 @@ def _logit_scale(config: Any) -> float:
     if scaling is None:
         return 1.0
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """[V, H]; refuses layers that keep it in another form than a floating-point tensor."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in FLOATS and type(weight).__module__.split(".")[0] == "torch":
+        return weight
+    kind = f"a weight of {weight.dtype}" if isinstance(weight, Tensor) else "no plain weight"
+    raise FastpoError(
+        f"lm_head is a {type(layer).__module__}.{type(layer).__name__} with {kind}; quantised heads are not supported: "
+        "leave lm_head out of the quantisation"
+    )
 
 
 def _trained_copy(layer: Any) -> Any:

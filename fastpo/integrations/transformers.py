@@ -66,6 +66,7 @@ def fused_forward(
     """
     if shift_labels is not None:
         raise FastpoError("shift_labels is given (sequence parallelism); the fused head needs whole sequences")
+    _check_call(labels, kwargs)
     kwargs["use_cache"] = False
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
@@ -145,6 +146,8 @@ def reference_logps(
         if list(reference.shape) != wanted:
             raise FastpoError(f"reference has shape {list(reference.shape)}; it should be {wanted}, as labels[:, 1:]")
         return reference.detach()
+    if not isinstance(reference, torch.nn.Module):
+        raise FastpoError(f"reference is a {type(reference).__name__}; it should be log-probs [B, L-1] or a model")
     adapters = _reference_adapter(reference) if isinstance(reference, PeftModel) else nullcontext()
     with adapters, evaluating(reference):
         return _call(reference, batch, padding_free).log_probs
@@ -187,6 +190,19 @@ class FusedLossMixin:
         if prediction_loss_only and "labels" in inputs:
             inputs = {**inputs, "fused_lm_head": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+
+
+def _check_call(labels: Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuses what the model's own forward would honour or refuse, and the body by itself would not."""
+    for name in ("input_ids", "inputs_embeds"):
+        given = kwargs.get(name)
+        if given is not None and labels.shape != given.shape[:2]:
+            wanted = f"{list(given.shape[:2])}, as {name}"
+            raise FastpoError(f"labels has shape {list(labels.shape)}; it should be {wanted}")
+    if kwargs.get("logits_to_keep"):
+        raise FastpoError("logits_to_keep is given; the fused head makes no logits: mask labels with -100 instead")
+    if kwargs.get("return_dict") is False:
+        raise FastpoError("return_dict is False; it should be True: the fused head returns a FusedOutput")
 
 
 def _token_values(
@@ -236,6 +252,10 @@ def _call(model: Any, batch: Mapping[str, Any], padding_free: bool, **settings: 
             f"model is {type(model).__name__}; it should be a transformers or peft model without a wrapper "
             "(FusedLossMixin works with DDP and FSDP)"
         )
+    if "labels" not in batch:
+        raise FastpoError("batch has no labels; it should have input_ids and labels [B, L]")
+    if next(model.parameters()).is_meta:
+        raise FastpoError("model is on the meta device; it should hold its weights")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise FastpoError("model learns a prompt (peft); the fused loss honours adapters in layers only")
     model = unwrapped(model)

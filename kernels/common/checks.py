@@ -6,6 +6,8 @@
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +17,29 @@ STATS = ("logsumexp", "entropy", "sum_p2", "topk_mass", "topk_entropy", "label_s
 MAX_TOPK = 16
 
 
+def check_plain(name: str, value: Any) -> None:
+    """A tensor whose elements lie here, as its strides say."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it should be a tensor")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} is a DTensor; it should be a plain tensor, such as to_local() gives")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} is {value.layout}; it should be torch.strided, such as to_dense() gives")
+
+
+def check_number(name: str, value: Any, wanted: str = "a number") -> None:
+    """A number: not a tensor, whose gradient would be lost."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a {type(value).__name__}; it should be {wanted}")
+
+
 def check_device(name: str, value: Tensor, home: str, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}; it should be on {device}, where {home} is")
 
 
 def check_integers(name: str, value: Tensor, home: str, device: torch.device) -> None:
+    check_plain(name, value)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name} is {value.dtype}; it should be an integer type")
     check_device(name, value, home, device)
@@ -29,9 +48,11 @@ def check_integers(name: str, value: Tensor, home: str, device: torch.device) ->
 def check_temperature(temperature: float | Tensor, rows: Sequence[int], why: str, home: str, device) -> None:
     """A positive number, or one per row: a tensor of the shape ``rows``."""
     if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, "a number or a tensor")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; it should be a positive number")
         return
+    check_plain("temperature", temperature)
     if not temperature.dtype.is_floating_point:
         raise TypeError(f"temperature is {temperature.dtype}; it should be a floating-point type")
     if list(temperature.shape) != list(rows):
@@ -42,12 +63,16 @@ def check_temperature(temperature: float | Tensor, rows: Sequence[int], why: str
 
 
 def check_logit_scale(logit_scale: float) -> None:
+    check_number("logit_scale", logit_scale)
     if not 0 < abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale is {logit_scale}; it should be a number other than 0")
 
 
 def check_softcap(logit_softcap: float | None) -> None:
-    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
+    if logit_softcap is None:
+        return
+    check_number("logit_softcap", logit_softcap)
+    if not 0 < logit_softcap < math.inf:
         raise ValueError(f"logit_softcap is {logit_softcap}; it should be a positive number, or None for no cap")
 
 
@@ -57,7 +82,7 @@ def check_stats(stats: Sequence[str], topk: int, label_set: Tensor | None, home:
     for name in stats:
         if name not in STATS:
             raise ValueError(f"stats contains {name!r}; it should contain only {', '.join(STATS)}")
-    if not 1 <= topk <= MAX_TOPK:
+    if not isinstance(topk, int) or not 1 <= topk <= MAX_TOPK:
         raise ValueError(f"topk is {topk}; it should be from 1 to {MAX_TOPK}")
     if (label_set is not None) != ("label_set_prob" in stats):
         state = "missing" if label_set is None else "given"

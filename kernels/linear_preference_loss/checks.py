@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastpo.kernels.linear_token_logprobs.checks import check_settings
+from fastpo.kernels.common.checks import check_plain
+from fastpo.kernels.linear_token_logprobs.checks import check_operands, check_settings
 from fastpo.kernels.preference_loss.checks import check_loss
 from fastpo.objectives import Objective
 from fastpo.types import Pairs, Segments
 
 TOKEN_LOGPS = "logps"  # besides the names of the statistics
+REFERENCE = ("ref_hidden", "ref_weight", "ref_bias")
 
 
 def check_loss_and_stats(
@@ -34,16 +36,16 @@ def check_loss_and_stats(
     check_loss(logps, ref_logps, segments, pairs, objective, None)
 
 
-def check_reference(
-    hidden: Tensor,  # [..., H]
+def check_reference_given(
     ref_logps: Tensor | None,  # [T]
     ref_hidden: Tensor | None,  # [..., H']
     ref_weight: Tensor | None,  # [V', H']
     ref_bias: Tensor | None,  # [V']
-    weight: Tensor,  # [V, H]
     objective: Objective,
 ) -> None:
     """A reference is given once: as log-probs, or as hidden states with a head."""
+    if ref_logps is not None:
+        check_plain("ref_logps", ref_logps)
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
@@ -51,17 +53,30 @@ def check_reference(
         return
     if ref_logps is not None:
         raise ValueError("ref_logps and ref_hidden are both given; the reference should be given once")
-    if not objective.needs_reference:
+    if isinstance(objective, Objective) and not objective.needs_reference:
         raise ValueError(f"ref_hidden is given; objective {objective.name} has no reference, pass None")
     if ref_weight is None and ref_bias is not None:
         raise ValueError("ref_bias is given without ref_weight; the policy's weight comes with the policy's bias")
+
+
+def check_reference(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    ref_hidden: Tensor,  # [..., H']
+    ref_weight: Tensor,  # [V', H']
+    ref_bias: Tensor | None,  # [V']
+    shared: bool,
+) -> None:
+    """The reference's hidden states and head go with the policy's; ``shared``: it is the policy's own head."""
+    if ref_hidden.requires_grad:
+        raise ValueError("ref_hidden requires grad; the reference is a constant, pass ref_hidden.detach()")
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
         wanted = f"{list(hidden.shape[:-1])} rows on {hidden.device}, as hidden"
         raise ValueError(
             f"ref_hidden has {list(ref_hidden.shape[:-1])} rows on {ref_hidden.device}; it should have {wanted}"
         )
-    head = weight if ref_weight is None else ref_weight
-    if head.dim() != 2 or head.shape[1] != ref_hidden.shape[-1] or head.shape[0] != weight.shape[0]:
-        name = "weight, which is the reference's too," if ref_weight is None else "ref_weight"
-        wanted = f"[{weight.shape[0]}, {ref_hidden.shape[-1]}], ref_hidden being {list(ref_hidden.shape)}"
-        raise ValueError(f"{name} has shape {list(head.shape)}; it should be {wanted}")
+    name = "weight, which is the reference's too," if shared else "ref_weight"
+    check_operands(ref_hidden, ref_weight, ref_bias, ("ref_hidden", name, "ref_bias"))
+    if ref_weight.shape[0] != weight.shape[0]:
+        wanted = f"[{weight.shape[0]}, {ref_hidden.shape[-1]}], weight being {list(weight.shape)}"
+        raise ValueError(f"ref_weight has shape {list(ref_weight.shape)}; it should be {wanted}")

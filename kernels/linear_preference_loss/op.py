@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fastpo.kernels.linear_token_logprobs import linear_token_logprobs, parallel
-from fastpo.kernels.linear_token_logprobs.checks import check_tensors
-from fastpo.kernels.linear_token_logprobs.op import _under_autocast
+from fastpo.kernels.linear_token_logprobs import gemm, linear_token_logprobs, parallel
+from fastpo.kernels.linear_token_logprobs.checks import check_ignore_index, check_kinds, check_tensors
+from fastpo.kernels.linear_token_logprobs.op import operations_run, under_autocast
 from fastpo.kernels.linear_token_logprobs.run import Inputs
 from fastpo.kernels.preference_loss.records import (
     Tokens,
@@ -29,7 +30,7 @@ from fastpo.objectives import Objective
 from fastpo.types import Pairs, PreferenceOutput, Segments
 
 from . import run
-from .checks import TOKEN_LOGPS, check_loss_and_stats, check_reference
+from .checks import REFERENCE, TOKEN_LOGPS, check_loss_and_stats, check_reference, check_reference_given
 from .coupled import coupled_loss, couples
 
 # The fields of run.Inputs, of the four records of preference_loss, and of run.Wanted.
@@ -70,6 +71,7 @@ def _records(arguments: tuple) -> list[Any]:
     schema=f"({_HEAD}, {_TOKENS}, {_TUPLES}, {_SETTINGS}, {_WANTED}) -> ({', '.join(['Tensor'] * len(run.OUTPUTS))})",
 )
 def _forward_op(*arguments):
+    gemm.tally.operations = 0
     inputs, tokens, tuples, token_set, tuple_set, wanted = _records(arguments)
     return run.forward(inputs, run.Loss(tokens, tuples, token_set, tuple_set), wanted)
 
@@ -79,6 +81,8 @@ def _(*arguments):
     inputs, tokens, tuples, _, _, wanted = _records(arguments)
     return tuple(run.allocate(inputs, tokens, tuples, wanted).values())
 
+
+register_flop_formula(torch.ops.fastpo.linear_preference_loss_fwd, True)(operations_run)
 
 # Where the inputs stand that get the gradients d_* of run.OUTPUTS.
 _GRADS = [name for name in run.OUTPUTS if name.startswith("d_")]
@@ -192,9 +196,17 @@ def linear_preference_loss(
     another upstream gradient than 1 scales the gradients in place. Where the graph is retained they are copied.
     Deterministic; independent of the grouping up to the rounding of sums. Source: derived in this folder's README.
     """
-    hidden, weight, bias, lora = _under_autocast(hidden, parallel.local(weight, None), bias, lora)
+    weight = parallel.local(weight, None)
+    check_kinds(hidden, weight, bias, lora)
+    hidden, weight, bias, lora = under_autocast(hidden, weight, bias, lora)
     check_tensors(hidden, weight, labels, bias, rows, lora)
-    check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias, weight, objective)
+    check_ignore_index(ignore_index, optional=False)
+    check_reference_given(ref_logps, ref_hidden, ref_weight, ref_bias, objective)
+    if ref_hidden is not None:
+        own = weight if ref_weight is None else parallel.local(ref_weight, None)
+        check_kinds(ref_hidden, own, ref_bias, None, REFERENCE)
+        ref_hidden, own, ref_bias, _ = under_autocast(ref_hidden, own, ref_bias, None)
+        check_reference(hidden, weight, ref_hidden, own, ref_bias, shared=ref_weight is None)
     known = labels.new_zeros(labels.numel(), dtype=torch.float32) if ref_hidden is not None else ref_logps
     head = (temperature, logit_scale, logit_softcap)
     check_loss_and_stats(hidden, labels, known, segments, pairs, objective, stats, head, topk, label_set, memory_budget)
@@ -203,7 +215,7 @@ def linear_preference_loss(
     if ref_hidden is not None:
         ref_logps = _reference(
             ref_hidden,
-            weight if ref_weight is None else ref_weight,
+            own,
             torch.where(mask, flat, ignore_index).view(labels.shape),
             bias=bias if ref_weight is None else ref_bias,
             rows=rows,
@@ -276,7 +288,7 @@ def linear_preference_loss(
 @torch.no_grad()
 def _reference(ref_hidden: Tensor, ref_weight: Tensor, labels: Tensor, **head: Any) -> Tensor:
     """[T] log-probs of the reference."""
-    logps = linear_token_logprobs(ref_hidden, parallel.local(ref_weight, None), labels, **head)
+    logps = linear_token_logprobs(ref_hidden, ref_weight, labels, **head)
     assert isinstance(logps, Tensor)
     return logps.reshape(-1)
 

@@ -13,7 +13,12 @@ from torch.utils.flop_counter import register_flop_formula
 from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
 from fastpo.kernels.common.checks import STATS
 from fastpo.kernels.linear_token_logprobs import cpu_kernels, gemm, parallel, reference, run
-from fastpo.kernels.linear_token_logprobs.checks import check_settings, check_tensors
+from fastpo.kernels.linear_token_logprobs.checks import (
+    check_ignore_index,
+    check_kinds,
+    check_settings,
+    check_tensors,
+)
 
 
 class _Triton:
@@ -80,7 +85,7 @@ def _(*args):
 
 
 @register_flop_formula([torch.ops.fastpo.linear_token_logprobs_fwd, torch.ops.fastpo.linear_token_logprobs_bwd], True)
-def _operations(*_args, **_kwargs) -> int:
+def operations_run(*_args, **_kwargs) -> int:
     """What the call that has just returned has run: it depends on how many labels count. 0 on fake tensors."""
     operations, gemm.tally.operations = gemm.tally.operations, 0
     return operations
@@ -178,10 +183,13 @@ def linear_token_logprobs(
     The logits are fp32 whatever the type of hidden; the weight's gradient is summed in fp32 and rounded once.
     Deterministic. Source: derived in this folder's README; the online softmax of Milakov and Gimelshein (2018).
     """
-    hidden, weight, bias, lora = _under_autocast(hidden, parallel.local(weight, group), bias, lora)
+    weight = parallel.local(weight, group)
+    check_kinds(hidden, weight, bias, lora)
+    hidden, weight, bias, lora = under_autocast(hidden, weight, bias, lora)
     check_tensors(hidden, weight, labels, bias, rows, lora)
     settings = (temperature, logit_scale, logit_softcap, stats, topk, label_set, memory_budget)
     check_settings(hidden, *settings)
+    check_ignore_index(ignore_index, optional=True)
     lora_a, lora_b, lora_scale = lora if lora is not None else (None, None, 1.0)
     grads = torch.is_grad_enabled()
     hidden_grad = grads and any(t is not None and t.requires_grad for t in (hidden, lora_a))
@@ -216,10 +224,10 @@ def linear_token_logprobs(
     return logps, {name: by_name[name].view(labels.shape) for name in stats}
 
 
-def _under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora) -> tuple:
+def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora) -> tuple:
     """Inputs of GEMMs in autocast's type where it is on, as torch's own linear takes them."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return hidden, weight, bias, lora
     dtype = torch.get_autocast_dtype(device)
     if lora is not None:

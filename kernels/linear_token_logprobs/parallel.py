@@ -77,7 +77,10 @@ def name_of(group: "dist.ProcessGroup | str | None") -> str:
     """What a custom op can take for a process group."""
     if group is None or isinstance(group, str):
         return group or ""
-    return group.group_name
+    name = getattr(group, "group_name", None)
+    if not isinstance(name, str):
+        raise TypeError(f"group is a {type(group).__name__}; it should be a process group, or the name of one")
+    return name
 
 
 def local(weight: Tensor, group: "dist.ProcessGroup | str | None") -> Tensor:

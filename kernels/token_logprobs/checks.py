@@ -7,6 +7,7 @@ from fastpo.kernels.common.checks import (
     FLOATS,
     check_integers,
     check_label_set_values,
+    check_plain,
     check_range,
     check_softcap,
     check_stats,
@@ -18,6 +19,7 @@ from fastpo.kernels.common.checks import (
 
 def check_arguments(logits, labels, temperature, logit_softcap, stats, topk, label_set) -> None:
     """What can be told from types and shapes alone."""
+    check_plain("logits", logits)
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits is {logits.dtype}; it should be float32, bfloat16, float16 or float64")
     if logits.dim() == 0 or logits.shape[-1] == 0:
