@@ -1,14 +1,20 @@
 """What can be said of a config and its input files before any work."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import fields
 
 from fastpo.config import Config
+from fastpo.config_keys import SearchKeys
 from fastpo.data import evaluation_prompts, load_demonstrations, load_preferences, training_prompts
 from fastpo.errors import FastpoError
+from fastpo.references import contrast_texts
 from fastpo.run import BUILT_MODELS
 from fastpo.search.settings import method_of
 
 _DEFAULTS = Config()
+_WARM_START = ("warm_start_steps", "warm_start_batch_size", "warm_start_learning_rate")
+_SEARCH = tuple(field.name for field in fields(SearchKeys) if field.name != "search")
+_JUDGE = ("judge_mode", "judge_samples", "judge_max_new_tokens")
 
 
 def check(config: Config) -> None:
@@ -33,6 +39,38 @@ def check_keys(config: Config) -> None:
     for name, used, where in _uses(config, unit):
         if not used and getattr(config, name) != getattr(_DEFAULTS, name):
             raise FastpoError(f"{name} is {getattr(config, name)!r}, which does nothing here; it is for {where}")
+
+
+def check_given(config: Config, given: Collection[str]) -> None:
+    """FastpoError for one of ``given``, keys of the command line, that does nothing beside the others.
+
+    Recipes may hold such keys: what extends them, or is given over them, takes them up.
+    """
+    for names, used, where in _wanted(config):
+        for name in names:
+            if name in given and not used:
+                raise FastpoError(f"{name} does nothing here; it is for {where}")
+
+
+def _wanted(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    """(keys, whether this config uses them, what does), beside those of ``_uses``."""
+    method = None if config.search == "none" else method_of(config)
+    yield ("vocab_size", "hidden_size", "num_layers", "num_heads"), config.model == "tiny-llama", "model tiny-llama"
+    yield _WARM_START, config.warm_start is not None, "warm_start"
+    yield ("warm_start_examples", "warm_start_judgements"), config.warm_start == "embedded", "warm_start embedded"
+    yield ("num_samples",), method is None, "independent samples, not for a search"
+    yield ("scan_prompts",), bool(config.temperature_scan), "temperature_scan"
+    yield _SEARCH, method is not None, "a search"
+    yield (
+        ("search_step", "search_step_tokens"),
+        method is None or method.unit == "step",
+        "searches whose nodes are steps",
+    )
+    yield ("search_rollouts",), method is None or method.value == "rollout", "search_value rollout"
+    yield ("search_question", "search_labels"), method is None or method.value == "self", "search_value self"
+    yield _JUDGE, judges(config), "score_by judge or duels, and pair_rule judgements"
+    yield ("vote_threshold",), method is None and config.pair_rule == "scpo", "pair_rule scpo"
+    yield ("contrast_prompts",), bool(contrast_texts(config)), "objective t_reg"
 
 
 def _uses(config: Config, unit: str | None) -> Iterator[tuple[str, bool, str]]:

@@ -1,6 +1,8 @@
 """The command line: ``fastpo COMMAND [RECIPE] [--key value ...]``. Errors become one line and an exit code."""
 
 import argparse
+import copy
+import dataclasses
 import inspect
 import logging
 import os
@@ -53,7 +55,7 @@ class Command:
 
     name: str
     run: Callable[[Config, argparse.Namespace], None]
-    groups: tuple[type, ...]  # of keys
+    keys: tuple[str, ...]  # of the config, those that it uses: it takes no others
     arguments: tuple[tuple[str, dict[str, Any]], ...] = ()  # of its own
     recipe: str | None = None  # the recipe where none is given
     subject: tuple[str, str] | None = None  # what stands in place of a recipe: name and help
@@ -92,32 +94,43 @@ def _terminal_width() -> int:
 
 
 def parse(command: Command, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """The config (defaults, recipe, command line) and the command's own arguments."""
+    """The config (defaults, recipe, command line) and the command's own arguments.
+
+    A recipe holds keys of all stages, so that one file serves all commands, and each takes what it uses. On the command
+    line a key that the command does not use is refused. ``given`` of the arguments: the keys on the command line.
+    """
     parser = _parser(command)
-    given, _ = parser.parse_known_args(argv)
-    recipe = (None if command.subject else given.recipe) or command.recipe
+    absent = object()
+    unset = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    first, unknown = parser.parse_known_args(argv, unset)
+    if unknown:
+        raise FastpoError(_refusal(command, parser, unknown[0].split("=")[0]))
+    words = {name: value for name, value in vars(first).items() if value is not absent}
+    given = frozenset(name for name in words if name in command.keys)
+    recipe = (None if command.subject else words.get("recipe")) or command.recipe
     values = read_recipe(recipe) if recipe else {}
     parser.set_defaults(**values)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = [o.lstrip("-") for action in parser._actions for o in action.option_strings]
-        name = unknown[0].split("=")[0]
-        raise FastpoError(
-            f"{command.name} has no option {name}{suggestion(name.lstrip('-'), options)} (fastpo {command.name} --help)"
-        )
+    namespace = parser.parse_args(argv)
     parsed = {name: value for name, value in vars(namespace).items() if name in keys.key_types()}
-    _drop_embedded_start(parsed, values, argv)
+    _drop_embedded_start(parsed, values, given)
+    namespace.given = given
     return Config(**{**values, **parsed}), namespace
 
 
-def _drop_embedded_start(parsed: dict[str, Any], recipe: dict[str, Any], argv: Sequence[str]) -> None:
+def _refusal(command: Command, parser: argparse.ArgumentParser, option: str) -> str:
+    """Why ``command`` does not take ``option``: a key of other commands, a slip of the hand, or nothing known."""
+    name = option.lstrip("-").replace("-", "_")
+    if name.removeprefix("no_") in keys.key_types() or name in keys.key_types():
+        taken = [*(own.lstrip("-") for own, _ in command.arguments), *command.keys]
+        return f"{command.name} does not use {option}; it takes {', '.join(taken) or 'no keys'}"
+    options = [o.lstrip("-") for action in parser._actions for o in action.option_strings]
+    return f"{command.name} has no option {option}{suggestion(name, options)} (fastpo {command.name} --help)"
+
+
+def _drop_embedded_start(parsed: dict[str, Any], recipe: dict[str, Any], given: frozenset[str]) -> None:
     """A model given in place of a recipe's embedded one comes without the embedded warm start, unless that is given."""
-    given = any(word.replace("-", "_").startswith("__warm_start") for word in argv)
-    if (
-        "embedded" == recipe.get("model") == recipe.get("warm_start")
-        and parsed.get("model") != "embedded"
-        and not given
-    ):
+    embedded = "embedded" == recipe.get("model") == recipe.get("warm_start")
+    if embedded and parsed.get("model") != "embedded" and not any(name.startswith("warm_start") for name in given):
         parsed["warm_start"] = None
 
 
@@ -147,8 +160,11 @@ def _parser(command: Command) -> argparse.ArgumentParser:
     for name, settings in command.arguments:
         parser.add_argument(name, *_dashed(name), **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for group in command.groups:
-        parser._add_dataclass_arguments(group)  # type: ignore[arg-type]
+    for group in keys.GROUPS:
+        used = [field for field in dataclasses.fields(group) if field.name in command.keys]
+        section = parser.add_argument_group(group._argument_group_name) if used else parser
+        for field in used:
+            parser._parse_dataclass_field(section, copy.copy(field))  # type: ignore[arg-type]
     for action in parser._actions:
         if action.type in (int, float, str) and action.default is None and action.option_strings:
             action.type = _optional(action.type)

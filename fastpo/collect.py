@@ -16,6 +16,7 @@ from fastpo.errors import RunError
 from fastpo.judges import Judge
 from fastpo.models import load_tokenizer
 from fastpo.pairs import PairRecord, build_pairs, candidates, explain_no_pairs
+from fastpo.references import contrast_texts, fitting_contrasts
 from fastpo.rewards import RewardFn, Scorer
 from fastpo.run import Run, model_context
 from fastpo.search.stage import SearchStage
@@ -41,7 +42,7 @@ class Collector:
     def pairs(self, iteration: int) -> tuple[list[PairRecord], Row]:
         """The pairs of an iteration, tokenised, and what is to be said of them."""
         if self.config.search != "none":
-            prompts = self.fitting_prompts(training_prompts(self.config, iteration))
+            prompts = self.prompts(iteration)
             return SearchStage(self.run, self.codec, self.reward).pairs(iteration, prompts)
         samples = self.samples(iteration)
         rewards = self.rewards(iteration, samples)
@@ -64,13 +65,13 @@ class Collector:
         if self.config.objective == "kto_batch":
             records = stages.with_mismatches(records)
         found |= stages.score_summary(rewards, self.config)
-        lengths = [r.longest for r in records]
-        return self.codec.fitting(records, lengths, lambda r: f"pair {r.chosen_key}"), {**counts.to_dict(), **found}
+        records = self.codec.fitting(records, [r.longest for r in records], lambda r: f"pair {r.chosen_key}")
+        return fitting_contrasts(records, self.codec), {**counts.to_dict(), **found}
 
     def samples(self, iteration: int) -> list[Row]:
         path = self.run.folder(iteration) / "samples.jsonl"
         if not self.run.has(path):
-            prompts = self.fitting_prompts(training_prompts(self.config, iteration))
+            prompts = self.prompts(iteration)
             model = self.run.model(iteration - 1)
             temperature = self.scan(iteration).get("temperature", self.config.at("temperature", iteration))
             name = f"iteration {iteration}: sampling"
@@ -101,7 +102,7 @@ class Collector:
             return {}
         path = self.run.folder(iteration) / "scan.json"
         if not self.run.has(path):
-            prompts = self.fitting_prompts(training_prompts(config, iteration))[: config.scan_prompts]
+            prompts = self.prompts(iteration)[: config.scan_prompts]
             model = self.run.model(iteration - 1)
             thresholds = config.threshold_scan or [config.win_threshold]
             with self.run.timed(f"iteration_{iteration}/scan"), self.run.on_main() as main:
@@ -147,9 +148,12 @@ class Collector:
         right = rewards >= self.config.win_threshold
         return balance_scores(rewards, right, thresholds).tolist()
 
-    def fitting_prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        lengths = [len(self.codec.prompt_ids(p.text)) for p in prompts]
-        return self.codec.fitting(prompts, lengths, lambda p: f"prompt {p.id}", room=self.config.max_new_tokens)
+    def prompts(self, iteration: int) -> list[Prompt]:
+        """Those of an iteration that fit the context, whatever the reference puts them into."""
+        prompts = self.codec.fitting_prompts(training_prompts(self.config, iteration))
+        for number, text in enumerate(contrast_texts(self.config)):
+            prompts = self.codec.fitting_prompts(prompts, text, f" inside contrast_prompts[{number}]")
+        return prompts
 
     def rewards(self, iteration: int, samples: Sequence[Row]) -> list[Row]:
         path = self.run.folder(iteration) / "rewards.jsonl"

@@ -1,19 +1,17 @@
 """What the commands do: thin, over the loop and its stages."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from fastpo import config as keys
 from fastpo import convert, info, stages
 from fastpo.artifacts import read_jsonl, write_json, write_jsonl
-from fastpo.checks import check_keys, iterations_of
+from fastpo.checks import check_given, check_keys, iterations_of
 from fastpo.cli import Command
-from fastpo.config import Config
+from fastpo.config import Config, key_types
 from fastpo.console import Display, results_table
 from fastpo.data import Codec, evaluation_prompts, read_rows, training_prompts
 from fastpo.errors import FastpoError, RunError
@@ -41,6 +39,7 @@ def run_train(config: Config, arguments: argparse.Namespace) -> None:
       fastpo train gsm8k --preferences pairs.jsonl --warm_start demonstrations.jsonl --output_dir runs/gsm8k
       accelerate launch --num_processes 4 -m fastpo train irpo --model PATH --data prompts.jsonl
     """
+    check_given(config, arguments.given)
     if arguments.dry_run:
         print(plan(config))
         return
@@ -124,8 +123,7 @@ def run_sample(config: Config, arguments: argparse.Namespace) -> None:
     prompts = training_prompts(config, 1) if config.data else evaluation_prompts(config)
     if not prompts:
         raise FastpoError("data is missing; it should be a JSONL file of prompts, or 'embedded'")
-    lengths = [len(codec.prompt_ids(p.text)) for p in prompts]
-    prompts = codec.fitting(prompts, lengths, lambda p: f"prompt {p.id}", room=config.max_new_tokens)
+    prompts = codec.fitting_prompts(prompts)
     with Display() as display, display.progress("sampling", len(prompts)) as bar:
         rows = stages.sample(
             model,
@@ -151,8 +149,10 @@ def run_pairs(config: Config, arguments: argparse.Namespace) -> None:
       fastpo pairs --input samples.jsonl --reward math --pairs_per_prompt 10 --out preferences.jsonl
     """
     check_keys(config)
-    if config.pair_rule == "judgements":
-        raise FastpoError("pair_rule judgements needs a model that judges: fastpo train has one")
+    check_given(config, arguments.given)
+    if config.pair_rule == "judgements" or config.score_by != "reward":
+        name = "pair_rule" if config.pair_rule == "judgements" else "score_by"
+        raise FastpoError(f"{name} {getattr(config, name)} needs a model that judges: fastpo train has one")
     samples = read_jsonl(_needed(arguments.input, "input"))
     for number, row in enumerate(samples, start=1):
         if not {"id", "prompt", "row", "responses"} <= row.keys():
@@ -212,7 +212,7 @@ def run_score(config: Config, arguments: argparse.Namespace) -> None:
     kept = codec.fitting(numbered, lengths, lambda n: f"{path}, line {n[0].line}")
     rows, sequences = [row for row, _ in kept], [own for _, own in kept]
     check_known(rows, sequences, vocabulary(model), path)
-    settings = {name: getattr(config, name) for name in (*_fields(keys.ModelKeys), *_fields(keys.DataKeys))}
+    settings = {name: value for name, value in vars(config).items() if name in _SCORE}
     out, counts = Path(arguments.out), [len(own) for own in sequences]
     parts = Parts(out, settings_of(path, config.model, settings))
 
@@ -225,10 +225,6 @@ def run_score(config: Config, arguments: argparse.Namespace) -> None:
     write_scores(out, rows, counts, logps, cu_seqlens)
     parts.remove()
     print(f"{sum(counts)} responses, mean log-prob {float(logps.double().sum()) / sum(counts):.3f} -> {out}")
-
-
-def _fields(keys_of: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(keys_of)]
 
 
 def run_evaluate(config: Config, arguments: argparse.Namespace) -> None:
@@ -244,8 +240,7 @@ def run_evaluate(config: Config, arguments: argparse.Namespace) -> None:
     prompts = evaluation_prompts(config)
     if not prompts:
         raise FastpoError("eval_data is missing; it should be a JSONL file of problems, or 'embedded'")
-    lengths = [len(codec.prompt_ids(p.text)) for p in prompts]
-    prompts = codec.fitting(prompts, lengths, lambda p: f"prompt {p.id}", room=config.max_new_tokens)
+    prompts = codec.fitting_prompts(prompts)
     with Display() as display, display.progress("evaluation", len(prompts)) as bar:
         samples = stages.sample(
             model,
@@ -324,35 +319,33 @@ _CONVERT = (
     ("--limit", {"type": int, "default": 16, "help": "most pairs per problem"}),
     ("--keep_calculator", {"action": "store_true", "help": "keep annotations such as <<48/2=24>>"}),
 )
-_MODEL_AND_DATA = (keys.ModelKeys, keys.DataKeys)
+# The keys that each command uses: those of its recipe count, others do nothing, and on the command line are refused.
+_MODEL = ("model", "dtype", "context_length", "mixed_precision")
+_TEXT = ("prompt_template", "chat_template", "skip_bad")
+_PROMPTS = (*_TEXT, "data", "eval_data", "eval_prompts", "seed", "max_new_tokens", "sample_batch_size")
+_REWARD = ("reward", "on_reward_error", "win_threshold")
+_SAMPLE = (*_MODEL, *_PROMPTS, "prompts_per_iteration", "num_samples", "temperature", "top_p", "top_k")
+_PAIRS = (*_REWARD, "pair_rule", "pairs_per_prompt", "gold_wins", "vote_threshold", "length_rho", "length_penalty")
+_SCORE = (*_MODEL, *_TEXT, "micro_batch_tokens", "sharing")
+_EVALUATE = (*_MODEL, *_PROMPTS, *_REWARD, "micro_batch_tokens", "report_samples")
 
 run_convert.__doc__ = convert.__doc__
 COMMANDS = {
     command.name: command
     for command in (
-        Command("demo", run_demo, keys.GROUPS, (_DRY_RUN,), recipe="demo"),
-        Command("train", run_train, keys.GROUPS, (_DRY_RUN,)),
-        Command("sample", run_sample, (*_MODEL_AND_DATA, keys.SamplingKeys, keys.RunKeys), (_out("samples.jsonl"),)),
-        Command(
-            "pairs",
-            run_pairs,
-            (keys.RewardKeys, keys.PairKeys),
-            (_input("what fastpo sample wrote"), _out("preferences.jsonl")),
-        ),
+        Command("demo", run_demo, tuple(key_types()), (_DRY_RUN,), recipe="demo"),
+        Command("train", run_train, tuple(key_types()), (_DRY_RUN,)),
+        Command("sample", run_sample, _SAMPLE, (_out("samples.jsonl"),)),
+        Command("pairs", run_pairs, _PAIRS, (_input("what fastpo sample wrote"), _out("preferences.jsonl"))),
         Command(
             "score",
             run_score,
-            (*_MODEL_AND_DATA, keys.TrainingKeys),
+            _SCORE,
             (_input("responses to score, where no FILE is given"), _out("scores.jsonl")),
             subject=("file", "responses to score"),
             subject_optional=True,
         ),
-        Command(
-            "evaluate",
-            run_evaluate,
-            (*_MODEL_AND_DATA, keys.SamplingKeys, keys.RewardKeys, keys.EvaluationKeys),
-            (_out(None, "JSON file for the numbers and some answers"),),
-        ),
+        Command("evaluate", run_evaluate, _EVALUATE, (_out(None, "JSON file for the numbers and some answers"),)),
         Command("report", run_report, (), subject=("directory", "a run's output_dir")),
         Command("convert", run_convert, (), _CONVERT, subject=("format", "gsm8k")),
     )

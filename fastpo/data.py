@@ -139,6 +139,13 @@ def _fail(message: str) -> Any:
     raise ValueError(message)
 
 
+def inside(text: str, prompt: Text) -> Text:
+    """``text`` with ``prompt`` (of messages, the last one) in place of its {prompt}."""
+    if isinstance(prompt, str):
+        return text.replace("{prompt}", prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": text.replace("{prompt}", prompt[-1]["content"])}]
+
+
 @dataclass(frozen=True)
 class Codec:
     """Text to token ids and back, the same way everywhere: prompt ids + response ids + end of sequence."""
@@ -170,6 +177,11 @@ class Codec:
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def fitting_prompts(self, prompts: Sequence[Prompt], text: str = "{prompt}", where: str = "") -> list[Prompt]:
+        """``prompts`` that fit with max_new_tokens behind them, each put into ``text``, which ``where`` names."""
+        lengths = [len(self.prompt_ids(inside(text, p.text))) for p in prompts]
+        return self.fitting(prompts, lengths, lambda p: f"prompt {p.id}{where}", room=self.config.max_new_tokens)
 
     def fitting(
         self, items: Sequence[Item], lengths: Sequence[int], name: Callable[[Item], str], room: int = 0

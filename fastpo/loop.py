@@ -34,7 +34,6 @@ from fastpo.data import (
     evaluation_prompts,
     load_demonstrations,
     load_preferences,
-    training_prompts,
 )
 from fastpo.judges import check_judge
 from fastpo.models import PromptResponse, onednn_matmul
@@ -42,6 +41,7 @@ from fastpo.pairs import PairRecord
 from fastpo.references import (
     TOKEN_COLUMNS,
     Reference,
+    fitting_contrasts,
     needs_kl,
     num_passes,
     reference_tensors,
@@ -81,7 +81,7 @@ class Loop:
 
     @cached_property
     def given_pairs(self) -> list[PairRecord]:
-        return self._pairs_of(self.config.preferences)
+        return fitting_contrasts(self._pairs_of(self.config.preferences), self.codec)
 
     @cached_property
     def heldout_pairs(self) -> list[PairRecord]:
@@ -118,8 +118,8 @@ class Loop:
         """Tokenises the given pairs, the first prompts, what a judge is asked: what does not fit stops the run here."""
         _ = self.given_pairs, self.heldout_pairs
         if self.config.data:
-            self.collector.fitting_prompts(training_prompts(self.config, 1))
-        self.collector.fitting_prompts(evaluation_prompts(self.config))
+            self.collector.prompts(1)
+        self.codec.fitting_prompts(evaluation_prompts(self.config))
         if judges(self.config):
             check_judge(self.collector.judge_codec)
 
@@ -241,7 +241,7 @@ class Loop:
                     write_json(path, found)
 
     def _held_out_problems(self, iteration: int) -> Row:
-        prompts = self.collector.fitting_prompts(evaluation_prompts(self.config))
+        prompts = self.codec.fitting_prompts(evaluation_prompts(self.config))
         if not prompts:
             return {}
         model = self.run.model(iteration)

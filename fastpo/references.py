@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastpo.config import Config
-from fastpo.data import Codec, Text
+from fastpo.data import Codec, inside
 from fastpo.models import PromptResponse, response_logps
 from fastpo.objectives import Objective, contrast_token_rewards, mixed_reference
 from fastpo.pairs import PairRecord
@@ -48,6 +48,11 @@ def responses_of(pairs: Sequence[PairRecord]) -> dict[str, PromptResponse]:
     return found
 
 
+def contrast_texts(config: Config) -> list[str]:
+    """What the reference puts prompts into besides, two texts with {prompt}: T-REG's. Empty for other objectives."""
+    return config.contrast_prompts if config.objective == "t_reg" else []
+
+
 def num_passes(objective: Objective, config: Config, iteration: int) -> int:
     """Forwards over each response in ``reference_tensors``: two more for T-REG, and one for a mixed reference behind
     iteration 1."""
@@ -78,7 +83,7 @@ def reference_tensors(
     values, cu_seqlens = score(model, responses, stats=("entropy",) if masked else ())
     found = {"logps": values[0], "cu_seqlens": cu_seqlens}
     if "segments.token_coefs" in objective.requires:
-        better, worse = (score(model, _contrasted(pairs, text, codec))[0][0] for text in config.contrast_prompts)
+        better, worse = (score(model, _contrasted(pairs, text, codec))[0][0] for text in contrast_texts(config))
         found["token_coefs"] = contrast_token_rewards(better, worse)
     if masked:
         found["weights"] = uncertainty_masks(values[1], cu_seqlens)
@@ -107,16 +112,22 @@ def _contrasted(pairs: Sequence[PairRecord], text: str, codec: Codec) -> list[Pr
     """The responses behind another prompt: ``text`` with the pair's own in it."""
     found: dict[str, PromptResponse] = {}
     for pair in pairs:
-        prompt = codec.prompt_ids(_inside(text, pair.meta["prompt"]))
+        prompt = codec.prompt_ids(inside(text, pair.meta["prompt"]))
         for key, _, ids in pair.present:
             found.setdefault(key, (prompt, ids))
     return list(found.values())
 
 
-def _inside(text: str, prompt: Text) -> Text:
-    if isinstance(prompt, str):
-        return text.replace("{prompt}", prompt)
-    return [*prompt[:-1], {**prompt[-1], "content": text.replace("{prompt}", prompt[-1]["content"])}]
+def fitting_contrasts(pairs: Sequence[PairRecord], codec: Codec) -> list[PairRecord]:
+    """Those of ``pairs`` that fit the context behind every prompt that the reference puts theirs into."""
+    kept = list(pairs)
+    for number, text in enumerate(contrast_texts(codec.config)):
+        where = f"inside contrast_prompts[{number}]"
+        prompts = [codec.prompt_ids(inside(text, pair.meta["prompt"])) for pair in kept]
+        lengths = [len(p) + max(len(ids) for _, _, ids in pair.present) for p, pair in zip(prompts, kept, strict=True)]
+        named = [(f"pair {pair.chosen_key} {where}", pair) for pair in kept]
+        kept = [pair for _, pair in codec.fitting(named, lengths, lambda item: item[0])]
+    return kept
 
 
 def uncertainty_masks(entropy: Tensor, cu_seqlens: Tensor) -> Tensor:

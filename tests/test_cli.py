@@ -7,7 +7,7 @@ import pytest
 from fastpo import cli, embedded
 from fastpo.artifacts import read_jsonl, write_jsonl
 from fastpo.commands import COMMANDS
-from fastpo.config import Config
+from fastpo.config import Config, key_types
 
 
 def run(capsys, *argv):
@@ -97,6 +97,16 @@ def test_recipe_then_command_line_with_dashes_or_underscores(tmp_path):
         (["pairs"], "--input is missing"),
         (["pairs", "--input", "x", "--pair_rule", "scpo", "--gold_wins"], "gold_wins is True, which does nothing here"),
         (["pairs", "--input", "x", "--pair_rule", "judgements"], "pair_rule judgements needs a model that judges"),
+        (["pairs", "self_rewarding", "--input", "x"], "score_by judge needs a model that judges"),
+        (["demo", "--num_heads", "2"], "num_heads does nothing here; it is for model tiny-llama"),
+        (["train", "irpo", "--data", "x", "--warm_start_steps", "9"], "warm_start_steps does nothing here"),
+        (["demo", "--search_depth", "4"], "search_depth does nothing here; it is for a search"),
+        (["train", "mc_nest", "--search_step_tokens", "9"], "search_step_tokens does nothing here; it is for searches"),
+        (["train", "mcts_dpo", "--search_rollouts", "2"], "search_rollouts does nothing here"),
+        (["train", "mcts_dpo", "--num_samples", "2"], "num_samples does nothing here; it is for independent samples"),
+        (["demo", "--judge_samples", "3"], "judge_samples does nothing here; it is for score_by judge"),
+        (["demo", "--contrast_prompts", "a {prompt}", "b {prompt}"], "contrast_prompts does nothing here"),
+        (["pairs", "--input", "x", "--vote_threshold", "0.5"], "vote_threshold does nothing here; it is for pair_rule"),
         (["info", "--all"], "info takes no arguments, not --all"),
         (["report", "/absent"], "/absent holds no run"),
         (["convert", "csv"], "convert knows the format gsm8k, not 'csv'"),
@@ -110,9 +120,52 @@ def test_bad_usage_is_one_line_and_code_2(capsys, tmp_path, monkeypatch, argv, m
     assert not out and not list(tmp_path.iterdir()), "nothing may be written before the arguments are checked"
 
 
+STAGES = ("sample", "pairs", "score", "evaluate")
+
+
+@pytest.mark.parametrize("name", [*STAGES, "report", "convert"])
+def test_a_key_that_a_command_does_not_use_is_refused(name, capsys):
+    """One line that names the key and those that the command takes; an on/off key under both its names."""
+    others = key_types().keys() - COMMANDS[name].keys
+    flags = [f"--{key}" for key in others] + [f"--no-{key}" for key in ("sharing", "tensorboard") if key in others]
+    for flag in flags:
+        subject = [] if name in STAGES else ["x"]
+        code, out, err = run(capsys, name, *subject, flag, "1")
+        assert code == 2 and not out and err.count("\n") == 1
+        start, _, taken = err.partition("; it takes ")
+        assert start == f"fastpo: error: {name} does not use {flag}"
+        assert set(taken.strip().split(", ")) - {"no keys"} >= {*COMMANDS[name].keys}
+
+
+def test_recipes_may_hold_keys_of_other_stages(tmp_path):
+    """One file for all commands: each takes from it what it uses."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learning_rate: 3e-4\nnum_samples: 3\nsearch_depth: 4\n")
+    config, arguments = cli.parse(COMMANDS["sample"], [str(recipe), "--top_k", "5"])
+    assert (config.learning_rate, config.num_samples, config.top_k) == (3e-4, 3, 5)
+    assert arguments.given == {"top_k"}
+
+
 def test_debug_shows_the_traceback(capsys):
     code, _, err = run(capsys, "train", "ipro", "--debug")
     assert code == 2 and "Traceback" in err and "recipe ipro not found" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("texts", [("x" * 250 + " {prompt}", "b {prompt}"), ("a {prompt}", "x" * 250 + " {prompt}")])
+def test_prompts_that_do_not_fit_what_t_reg_puts_them_into(texts, capsys, tmp_path):
+    """Said before anything is trained or sampled, of sampled and of given pairs."""
+    number = int(len(texts[1]) > 250)
+    command = ("train", "t_reg", "--contrast_prompts", *texts, "--output_dir", tmp_path / "run")
+    code, _, err = run(capsys, *command)
+    assert code == 2 and f"prompt 0 inside contrast_prompts[{number}] has 30" in err and "the context is 256" in err
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {"config.yaml", "inputs.json", "tensorboard"}
+
+    pair = {"prompt": "1 + 1", "chosen": "#### 2" * 38, "rejected": "#### 3"}  # 5 + 229 tokens
+    write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    long = ("Put the right answer here: {prompt}", "{prompt}")
+    given = ("--preferences", tmp_path / "pairs.jsonl", "--max_new_tokens", 9, "--dry_run")
+    code, _, err = run(capsys, "train", "t_reg", *given, "--contrast_prompts", *long[:: 1 - 2 * number])
+    assert code == 2 and f"inside contrast_prompts[{number}] has 262 tokens" in err and err.count("\n") == 1
 
 
 def test_interrupt_is_130(capsys, monkeypatch):
@@ -163,6 +216,38 @@ def test_stages_alone(capsys, tmp_path, model, prompts):
     code, out, _ = run(capsys, "evaluate", *common, "--eval_data", prompts, "--eval_prompts", 4, "--out", numbers)
     assert code == 0 and "accuracy" in out
     assert json.loads(numbers.read_text())["problems"] == 4
+
+
+def test_every_key_that_a_stage_takes_is_read(capsys, tmp_path, model, prompts, monkeypatch):
+    """What is on the command line is looked at by the code behind it: no key is taken and ignored."""
+    read = set()
+
+    def getattribute(config, name):
+        read.add(name)
+        return object.__getattribute__(config, name)
+
+    def go(name, *argv):
+        monkeypatch.setattr(Config, "__getattribute__", getattribute)
+        assert run(capsys, name, *argv)[0] == 0
+        monkeypatch.undo()
+
+    reward, samples, responses = tmp_path / "reward.py", tmp_path / "samples.jsonl", tmp_path / "responses.jsonl"
+    reward.write_text("def parity(prompt, response, row):\n    return sum(map(ord, response)) % 2\n")
+    write_jsonl(responses, [{"prompt": "1 + 1", "response": "#### 2"}])
+    short = ("--model", model, "--max_new_tokens", 8)
+    paired = ("--input", samples, "--reward", f"{reward}:parity", "--out", tmp_path / "pairs.jsonl")
+    stages = {
+        "sample": [(*short, "--data", prompts, "--out", samples)],
+        "pairs": [paired, (*paired, "--pair_rule", "max_min", "--length_penalty", 0.1)],
+        "score": [(responses, "--model", model, "--out", tmp_path / "scores.jsonl")],
+        "evaluate": [(*short, "--data", prompts)],
+    }
+    idle = {"pairs": {"vote_threshold"}}  # scpo's alone, and no two responses of this model give an answer
+    for name, calls in stages.items():
+        read.clear()
+        for argv in calls:
+            go(name, *argv)
+        assert read >= set(COMMANDS[name].keys) - idle.get(name, set()), name
 
 
 def test_malformed_jsonl_and_skip_bad(capsys, tmp_path, model, prompts, caplog):

@@ -31,7 +31,7 @@ TINY = {
     "eval_prompts": 4,
     "eval_pairs": 4,
 }
-ONLY_WHERE_SET = ("judge_pairs", "vote_threshold")
+ONLY_WHERE_SET = ("judge_pairs", "judge_samples", "vote_threshold")
 # Few responses of such a model have an answer, and votes need two different ones.
 MORE = {"scpo_embedded": {"num_samples": 96, "max_new_tokens": 24}}
 
@@ -76,6 +76,8 @@ def settings(name, start, output_dir):
     recipe = read_recipe(name)
     tiny = {key: value for key, value in TINY.items() if key not in ONLY_WHERE_SET or key in recipe}
     tiny |= MORE.get(name, {})
+    if "search" in recipe:
+        del tiny["num_samples"]
     tiny |= {"model": start / "run/warm_start/model", "reward": f"{start}/reward.py:parity", "output_dir": output_dir}
     return [str(part) for key, value in tiny.items() for part in (f"--{key}", value)]
 

@@ -15,7 +15,7 @@ from fastpo.search.settings import method_of
 # An untrained model gets no sum right: the parity of the text is the reward.
 REWARD = "def parity(prompt, response, row):\n    return sum(map(ord, response)) % 2\n"
 TINY = """--iterations 1 --warm_start_steps 2 --warm_start_batch_size 2 --warm_start_examples 10 --eval_prompts 2
-    --prompts_per_iteration 4 --max_new_tokens 10 --search_step_tokens 4 --sample_chunk 2 --batch_size 4 --eval_pairs 2
+    --prompts_per_iteration 4 --max_new_tokens 10 --sample_chunk 2 --batch_size 4 --eval_pairs 2
     --search_checkpoint_waves 2 --no_tensorboard"""
 
 
@@ -35,9 +35,9 @@ def reward(tmp_path_factory):
 
 
 def train(recipe, reward, output_dir, extra=""):
-    return cli.main(
-        ["train", recipe, "--reward", reward, "--output_dir", str(output_dir), *TINY.split(), *extra.split()]
-    )
+    steps = "" if recipe == "mc_nest" else " --search_step_tokens 4"  # its nodes are whole answers
+    flags = f"{TINY}{steps} {extra}".split()
+    return cli.main(["train", recipe, "--reward", reward, "--output_dir", str(output_dir), *flags])
 
 
 def contents(directory):
@@ -104,7 +104,8 @@ def test_values(value, reward, tmp_path):
     recipe = {"likelihood": "beam_q", "rollout": "tree_plv", "self": "mcts_dpo"}[value]
     # no response of an untrained model ends, so beams find no solutions to pair; the search itself is there
     code = 1 if value == "likelihood" else 0
-    assert train(recipe, reward, tmp_path / "run", f"--search_value {value} --search_rollouts 2") == code
+    rollouts = "--search_rollouts 2" if value == "rollout" else ""
+    assert train(recipe, reward, tmp_path / "run", f"--search_value {value} {rollouts}") == code
     values = {v for row in read_jsonl(tmp_path / "run/iteration_1/search.jsonl") for v in row["value"][1:]}
     inside = {"self": (-1, 1), "likelihood": (-1e9, 0), "rollout": (0, 1)}[value]
     assert all(inside[0] <= v <= inside[1] for v in values) and len(values) > 2
