@@ -15,6 +15,7 @@
 
 #include "parallel.h"
 #include "tree_attention.h"
+#include "user_error.h"
 #define FASTPO_TARGET_INCLUDE "tree_attention_kernel.h"
 #include "simd_targets.h"
 
@@ -97,17 +98,23 @@ void check_tree(const Attention& a, const int32_t* subtree_end) {
   std::vector<int32_t> path;
   for (int64_t i = 0; i < a.tokens; ++i) {
     const int64_t depth = a.depth[i];
-    STD_TORCH_CHECK(depth >= 0 && depth <= static_cast<int64_t>(path.size()), "tree.depth has ", depth, " at node ", i,
-                    "; it should be from 0 to ", path.size(), ", one below the node before it at most");
+    if (depth < 0 || depth > static_cast<int64_t>(path.size())) {
+      user_error("tree.depth has ", depth, " at node ", i, "; it should be from 0 to ", path.size(),
+                 ", one below the node before it at most");
+    }
     for (; static_cast<int64_t>(path.size()) > depth; path.pop_back()) {
-      STD_TORCH_CHECK(subtree_end[path.back()] == i, "tree.subtree_end has ", subtree_end[path.back()], " at node ",
-                      path.back(), "; it should be ", i, ", where the depth falls to its own again");
+      if (subtree_end[path.back()] != i) {
+        user_error("tree.subtree_end has ", subtree_end[path.back()], " at node ", path.back(), "; it should be ", i,
+                   ", where the depth falls to its own again");
+      }
     }
     path.push_back(static_cast<int32_t>(i));
   }
   for (const int32_t node : path) {
-    STD_TORCH_CHECK(subtree_end[node] == a.tokens, "tree.subtree_end has ", subtree_end[node], " at node ", node,
-                    "; it should be ", a.tokens, ", where the forest ends");
+    if (subtree_end[node] != a.tokens) {
+      user_error("tree.subtree_end has ", subtree_end[node], " at node ", node, "; it should be ", a.tokens,
+                 ", where the forest ends");
+    }
   }
 }
 

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "parallel.h"
+#include "user_error.h"
 
 namespace fastpo {
 namespace {
@@ -39,7 +40,7 @@ std::vector<Tree> trees_of(const int64_t* depth, int64_t num_nodes) {
     }
     deepest = std::max(deepest, previous);
   }
-  STD_TORCH_CHECK(good, "tree.depth is of no forest in preorder: it should start at 0 and rise by at most 1");
+  if (!good) user_error("tree.depth is of no forest in preorder: it should start at 0 and rise by at most 1");
   if (!trees.empty()) trees.back().levels = deepest + 1;
   return trees;
 }

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fastpo.attention import enable, transformers_model, tree_inputs
 from fastpo.errors import FastpoError
 from fastpo.integrations.head import Head, check_head, evaluating, hidden_states
+from fastpo.kernels.common.checks import values_checked
 from fastpo.models import context_length, vocabulary
-from fastpo.trees import pack, sequence_nodes, trained_nodes
+from fastpo.trees import check_tree, pack, sequence_nodes, trained_nodes
 from fastpo.types import TokenTree
 
 _MULTIPLE = 8  # of tokens in a forward: GEMM libraries are up to a fifth slower on odd numbers of rows
@@ -53,7 +54,7 @@ class TreeScorer(nn.Module):
     KL(reference || policy) over the vocabulary where node i is predicted, in the policy's precision.
 
     Enables the model. Raises FastpoError where trees cannot go through it (see ``enable``), or where its logits are
-    more than its LM head and config say.
+    more than its LM head and config say; of a tree on the CPU (on a GPU under FASTPO_DEBUG=1) what ``score`` refuses.
     """
 
     def __init__(self, model: Any):
@@ -71,6 +72,8 @@ class TreeScorer(nn.Module):
         topk: int = 10,
         reference: "TreeScorer | None" = None,
     ) -> Any:
+        if values_checked(tree.tokens.device):
+            _check(tree, "tree", self.model, context_length(transformers_model(self.model)))
         if nodes is None:
             nodes = trained_nodes(tree)
         (head, hidden), rows = self._states(tree), tree.parent[nodes]
@@ -128,15 +131,16 @@ def score_stream(
     Cost: a forward of the body over the distinct nodes, and 1F of the LM head over the distinct predictors of those
     that count.
 
-    Raises FastpoError for a model that cannot take trees, and before a tree's row is run for a path that is longer than
-    the model's context or than ``token_budget``, and for a token that the model does not know.
+    Raises FastpoError for a model that cannot take trees, and before a tree's row is run for a tree that is none (see
+    ``check_tree``), a path that is longer than the model's context or than ``token_budget``, and a token that the model
+    does not know.
     """
     scorer, context = TreeScorer(model), context_length(transformers_model(model))
     run = _Run(scorer, token_budget, tuple(stats), topk, accelerator)
     waiting: list[TokenTree] = []
     for number, tree in enumerate(trees):
-        _check_depth(tree, number, context, token_budget)
-        _check_tokens(tree, number, scorer.model)
+        _check(tree, f"trees[{number}]", scorer.model, context)
+        _check_budget(tree, number, token_budget)
         waiting.append(tree)
         if sum(t.num_nodes for t in waiting) >= _ROWS_AHEAD * token_budget:
             yield from _reported(run.scores(waiting), progress)
@@ -196,23 +200,25 @@ def _scores_of(tree: TokenTree, values: Tensor, stats: tuple[str, ...]) -> TreeS
     return TreeScores(values[0], sums.float(), lengths, dict(zip(stats, values[1:], strict=True)))
 
 
-def _check_depth(tree: TokenTree, number: int, context: int | None, token_budget: int) -> None:
-    longest = int(tree.depth.max()) + 1 if tree.num_nodes else 0
+def _check(tree: TokenTree, name: str, model: Any, context: int | None) -> None:
+    """What a forward of ``model`` would stumble over, before it runs."""
+    check_tree(tree, name)
+    if not tree.num_nodes:
+        return
+    longest, largest, known = int(tree.depth.max()) + 1, int(tree.tokens.max()), vocabulary(model)
     if context is not None and longest > context:
         raise FastpoError(
-            f"trees[{number}] has a path of {longest} tokens; it should have at most {context}, the model's context"
+            f"{name} has a path of {longest} tokens; it should have at most {context}, the model's context"
         )
+    if largest >= known:
+        raise FastpoError(f"{name} holds the token {largest}; it should hold tokens below {known}, the model's")
+
+
+def _check_budget(tree: TokenTree, number: int, token_budget: int) -> None:
+    longest = int(tree.depth.max()) + 1 if tree.num_nodes else 0
     if longest > token_budget:
         raise FastpoError(
             f"token_budget is {token_budget}; it should be at least {longest}, the longest path of trees[{number}]"
-        )
-
-
-def _check_tokens(tree: TokenTree, number: int, model: Any) -> None:
-    largest, known = int(tree.tokens.max()) if tree.num_nodes else 0, vocabulary(model)
-    if largest >= known:
-        raise FastpoError(
-            f"trees[{number}] holds the token {largest}; it should hold tokens below {known}, the model's"
         )
 
 

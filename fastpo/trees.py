@@ -87,27 +87,38 @@ class TreeBuilder:
         return _snapshot(order, last, start_of), torch.from_numpy(order["position"])
 
 
-def check_tree(tree: TokenTree) -> TokenTree:
-    """``tree``, or a FastpoError that says what is wrong with a tree made by hand: O(N), reads it on the CPU."""
-    for name in _Part._fields:
-        value, length = getattr(tree, name), tree.num_sequences if name in ("leaves", "starts") else tree.num_nodes
+def check_tree(tree: TokenTree, name: str = "tree") -> TokenTree:
+    """``tree``, or a FastpoError that says what is wrong with a tree made by hand: O(N), reads it on the CPU.
+
+    ``name`` is what the error calls it.
+    """
+    if not isinstance(tree, TokenTree):
+        raise FastpoError(f"{name} is a {type(tree).__name__}; it should be a TokenTree")
+    for field in _Part._fields:
+        value, length = getattr(tree, field), tree.num_sequences if field in ("leaves", "starts") else tree.num_nodes
         if value.dtype != torch.int64 or value.shape != (length,):
             shape = list(value.shape)
-            raise FastpoError(f"tree.{name} is {value.dtype} of shape {shape}; it should be torch.int64 [{length}]")
+            raise FastpoError(f"{name}.{field} is {value.dtype} of shape {shape}; it should be torch.int64 [{length}]")
     tokens, parent, depth, end, leaves, starts = _part(tree)
     n, index = len(tokens), np.arange(len(tokens))
-    _demand(tokens >= 0, tokens, "tokens", "at least 0")
-    _demand((parent >= -1) & (parent < index), parent, "parent", "-1, or a node before its child (no cycles)")
+
+    def demand(good: np.ndarray, values: np.ndarray, field: str, wanted: str) -> None:
+        bad = np.flatnonzero(~good)
+        if bad.size:
+            raise FastpoError(f"{name}.{field}[{bad[0]}] is {values[bad[0]]}; it should be {wanted}")
+
+    demand(tokens >= 0, tokens, "tokens", "at least 0")
+    demand((parent >= -1) & (parent < index), parent, "parent", "-1, or a node before its child (no cycles)")
     above = np.where(parent < 0, index, parent)  # roots stand for their own parents
     expected = np.where(parent < 0, 0, depth[above] + 1)
-    _demand(depth == expected, depth, "depth", "the parent's plus one, 0 at a root")
+    demand(depth == expected, depth, "depth", "the parent's plus one, 0 at a root")
     inside = (end > index) & (end <= n) & (end <= end[above])
-    _demand(inside, end, "subtree_end", f"behind the node, at most {n}, and at most the parent's")
+    demand(inside, end, "subtree_end", f"behind the node, at most {n}, and at most the parent's")
     around = index + 1 - np.cumsum(np.bincount(end, minlength=n + 1))[:n]  # subtrees that hold a node
     good = (index < end[above]) & (around == depth + 1)
-    _demand(good, parent, "parent", "the last node whose subtree holds the child")
-    _demand((leaves >= 0) & (leaves < n), leaves, "leaves", f"a node, below {n}")
-    _demand((starts >= 1) & (starts <= depth[leaves]), starts, "starts", "at least 1 and at most the depth of its leaf")
+    demand(good, parent, "parent", "the last node whose subtree holds the child")
+    demand((leaves >= 0) & (leaves < n), leaves, "leaves", f"a node, below {n}")
+    demand((starts >= 1) & (starts <= depth[leaves]), starts, "starts", "at least 1 and at most the depth of its leaf")
     return tree
 
 
@@ -255,8 +266,10 @@ def _ids(values: TokenIds, name: str, allow_empty: bool = False) -> np.ndarray:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if not array.size and array.ndim == 1 and allow_empty:
         return np.zeros(0, dtype=np.int64)
-    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
-        raise FastpoError(f"{name} is {array.dtype} of shape {list(array.shape)}; it should be integers, at least one")
+    if not array.size:
+        raise FastpoError(f"{name} is empty; it should hold at least one integer")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise FastpoError(f"{name} is {array.dtype} of shape {list(array.shape)}; it should be a list of integers")
     if array.min() < 0:
         raise FastpoError(f"{name} holds {array.min()}; it should hold numbers of at least 0")
     return array.astype(np.int64, copy=False)
@@ -281,9 +294,3 @@ def _starts(starts: int | Sequence[int] | Tensor, lengths: np.ndarray, name: str
             f"starts[{i}] is {array[i]}; it should be at least 1 and below {lengths[i]}, the tokens of {name}[{i}]"
         )
     return array
-
-
-def _demand(good: np.ndarray, values: np.ndarray, name: str, wanted: str) -> None:
-    bad = np.flatnonzero(~good)
-    if bad.size:
-        raise FastpoError(f"tree.{name}[{bad[0]}] is {values[bad[0]]}; it should be {wanted}")

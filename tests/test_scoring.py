@@ -1,8 +1,10 @@
 """``score``: the log-probs of a tree's paths, whatever they are packed with, and its statistics."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,35 @@ def test_the_head_runs_once_per_distinct_predictor(model, monkeypatch):
     with torch.no_grad():
         assert len(TreeScorer(model)(t)) == 7
     assert rows == [2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"parent": [-1, 0, 3, 2, 1]}, "parent[2] is 3; it should be -1, or a node before its child (no cycles)"),
+        ({"parent": [1, 0, 1, 2, 1]}, "parent[0] is 1; it should be -1, or a node before its child (no cycles)"),
+        ({"parent": [-1, 0, 1]}, "parent is torch.int64 of shape [3]; it should be torch.int64 [5]"),
+        ({"depth": [0, 1, 2, 3, 200]}, "depth[4] is 200; it should be the parent's plus one, 0 at a root"),
+        ({"subtree_end": [5, 5, 4, 9, 5]}, "subtree_end[3] is 9; it should be behind the node, at most 5"),
+        ({"leaves": [3, 9]}, "leaves[1] is 9; it should be a node, below 5"),
+        ({"starts": [2, 3]}, "starts[1] is 3; it should be at least 1 and at most the depth of its leaf"),
+        ({"tokens": [1, -2, 3, 4, 5]}, "tokens[1] is -2; it should be at least 0"),
+    ],
+)
+def test_a_wrong_tree_made_by_hand(columns, message, model):
+    """One line that names the field, before a forward: of a list of trees, and of the scorer that training calls."""
+    good = fastpo.build_tree([[1, 2, 3, 4], [1, 2, 5]], starts=2)
+    bad = replace(good, **{name: torch.tensor(values) for name, values in columns.items()})
+    with pytest.raises(FastpoError, match=rf"^trees\[1\]\.{re.escape(message)}") as found:
+        fastpo.score(model, [good, bad])
+    assert "\n" not in str(found.value)
+    with pytest.raises(FastpoError, match=rf"^tree\.{re.escape(message)}"):
+        TreeScorer(model)(bad)
+
+
+def test_a_tree_of_too_many_positions_is_refused_in_training_too(model):
+    with pytest.raises(FastpoError, match="tree has a path of 65 tokens; it should have at most 64"):
+        TreeScorer(model)(fastpo.build_tree(random_tokens(CONTEXT + 1), starts=3))
 
 
 def test_a_path_beyond_the_context(model):

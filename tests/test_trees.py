@@ -189,7 +189,7 @@ def test_records_move_as_one():
 @pytest.mark.parametrize(
     ("sequences", "starts", "message"),
     [
-        ([[1, 2], []], 1, r"sequences\[1\] is float64 of shape \[0\]; it should be integers, at least one"),
+        ([[1, 2], []], 1, r"sequences\[1\] is empty; it should hold at least one integer"),
         ([[1, 2.5]], 1, r"sequences\[0\] is float64 of shape \[2\]"),
         ([[[1, 2]]], 1, r"sequences\[0\] is int64 of shape \[1, 2\]"),
         ([[1, 2], [3, -4]], 1, r"sequences\[1\] holds -4; it should hold numbers of at least 0"),
