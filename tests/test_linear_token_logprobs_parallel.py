@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fastpo import objectives
+from fastpo.kernels.linear_preference_loss import linear_preference_loss
 from fastpo.kernels.linear_token_logprobs import linear_token_logprobs
 from fastpo.kernels.token_logprobs import STATS
+from fastpo.types import Pairs, Segments
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -109,9 +112,46 @@ def assert_sharded_weight_equals_the_whole(rank: int, world: int) -> None:
     torch.testing.assert_close(parallel, expected)
 
 
+def assert_sharded_loss_equals_the_whole(rank: int, world: int) -> None:
+    """The same of linear_preference_loss: each rank has its pairs, as FSDP2's ranks have; bf16 too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        leaves, labels, _ = problem(dtype)
+        ref = torch.full((N,), -4.0)
+        mine = slice(rank * N // world, (rank + 1) * N // world)
+
+        def loss(weight, part, leaves=leaves, labels=labels, ref=ref):
+            size = (part.stop - part.start) // 2
+            segments = Segments(cu_seqlens=torch.tensor([0, size, 2 * size]))
+            pairs = Pairs.of(chosen=torch.tensor([0]), rejected=torch.tensor([1]))
+            hidden = leaves["hidden"][part].clone().requires_grad_()
+            given = (hidden, weight, labels[part], ref[part], segments, pairs, objectives.irpo())
+            out = linear_preference_loss(*given)
+            out.loss.backward()
+            return out.loss.detach(), hidden.grad
+
+        weight = distribute_tensor(leaves["weight"], mesh, [Shard(0)]).requires_grad_()
+        found = loss(weight, mine)
+        totals, expected = torch.zeros(V, H), None
+        for other in range(world):
+            own = leaves["weight"].clone().requires_grad_()
+            part = slice(other * N // world, (other + 1) * N // world)
+            values = loss(own, part)
+            totals += own.grad.float() / world
+            expected = values if other == rank else expected
+        torch.testing.assert_close(found, expected)
+        assert weight.grad.placements == weight.placements
+        error = (weight.grad.full_tensor().float() - totals).abs().max()
+        assert error <= tolerance * totals.abs().max()
+
+
 def both(rank: int, world: int) -> None:
     assert_shards_equal_the_whole(rank, world)
     assert_sharded_weight_equals_the_whole(rank, world)
+    assert_sharded_loss_equals_the_whole(rank, world)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -10,7 +10,7 @@
   and at the same rate on Intel's; else MKL. No CPU library here takes bf16 operands to an fp32 result, so tiles of
   low-precision operands are widened first.
 
-oneDNN multiplies by a matrix of any strides at full speed but copies its first operand unless that is contiguous, so
+oneDNN multiplies by a matrix of any strides but copies its first operand unless that is contiguous, so
 ``logits_for_gradient`` and ``kept_tile`` give tiles in the layout that ``outer`` wants, as [R, v] views.
 """
 
@@ -53,8 +53,9 @@ def operand(x: Tensor) -> Tensor:
 
 
 def logits(x: Tensor, w: Tensor) -> Tensor:
-    """x [R, H], w [v, H] -> [R, v] fp32, contiguous."""
-    return _linear(x.contiguous(), w) if _onednn(x) else _mm(x, w.t())
+    """x [R, H], w [v, H] -> [R, v] fp32, contiguous; on a CPU the same bits as ``logits_for_gradient``."""
+    # oneDNN sums over a tile of a transposed weight in another order; p of logits made again would not sum to 1.
+    return _linear(x.contiguous(), w.contiguous()) if _onednn(x) else _mm(x, w.t())
 
 
 def logits_for_gradient(x: Tensor, w: Tensor) -> Tensor:
