@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastpo.pairs import PairRecord
 from fastpo.tiny import build_bpe_tokenizer
 
 SOLUTIONS, PREFIX_TOKENS = 16, 1024
@@ -73,6 +74,22 @@ def solutions_workload(
         half = SOLUTIONS // 2  # winners and losers, zipped cyclically
         all_pairs.append([(i % half, half + (i + i // half) % half) for i in range(pairs)])
     return Workload("B" if few_shot else "A", trees, starts, all_pairs)
+
+
+def pair_records(workload: Workload) -> list[PairRecord]:
+    """The pairs as the loop takes them."""
+    tokens, starts = workload.sequences, workload.all_starts
+    return [
+        PairRecord(
+            prompt_ids=tokens[w][: starts[w]],
+            chosen_ids=tokens[w][starts[w] :],
+            rejected_ids=tokens[r][starts[r] :],
+            weight=1.0,
+            chosen_key=str(w),
+            rejected_key=str(r),
+        )
+        for w, r in workload.all_pairs
+    ]
 
 
 def search_workload(

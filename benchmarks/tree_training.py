@@ -36,13 +36,12 @@ from datasets import Dataset  # noqa: E402
 from datasets.utils import disable_progress_bars  # noqa: E402
 from measure import machine  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
-from tree_data import Workload, read_questions, solutions_workload  # noqa: E402
+from tree_data import Workload, pair_records, read_questions, solutions_workload  # noqa: E402
 from tree_steps import BETA, TRL_BUDGET, build_model, trl_batches  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from fastpo import objectives  # noqa: E402
 from fastpo.models import onednn_matmul, response_logps  # noqa: E402
-from fastpo.pairs import PairRecord  # noqa: E402
 from fastpo.tiny import build_bpe_tokenizer  # noqa: E402
 from fastpo.training import TrainConfig, train_preference  # noqa: E402
 
@@ -138,21 +137,6 @@ def compare(workload: Workload, gemm: str, arguments: argparse.Namespace, where:
         took = f"{row.step_s} s a step, {row.pairs_per_s} pairs/s; fastpo is {row.ratio} times as fast"
         print(f"{workload.name} {gemm} {name}: {took}; losses differ by {apart:.1e}", flush=True)
         append(row, arguments.out)
-
-
-def pair_records(workload: Workload) -> list[PairRecord]:
-    tokens, starts = workload.sequences, workload.all_starts
-    return [
-        PairRecord(
-            prompt_ids=tokens[w][: starts[w]],
-            chosen_ids=tokens[w][starts[w] :],
-            rejected_ids=tokens[r][starts[r] :],
-            weight=1.0,
-            chosen_key=str(w),
-            rejected_key=str(r),
-        )
-        for w, r in workload.all_pairs
-    ]
 
 
 def run_fastpo(workload: Workload, arguments: argparse.Namespace, sharing: bool) -> Run:

@@ -302,6 +302,23 @@ def test_batches_are_permutations_cut_across_epochs():
     assert TrainConfig(learning_rate=1.0, batch_size=4, num_epochs=3, max_steps=2).num_steps(10) == 2
 
 
+def test_batches_of_whole_prompts():
+    """Prompts and the pairs of each in random order, side by side; another order in each epoch; every item once."""
+    prompts = [0, 1, 2, 0, 1, 2, 0, 3]
+    config = TrainConfig(learning_rate=1.0, batch_size=4, num_epochs=2)
+    drawn = [i for batch in config.batches(8, prompts) for i in batch]
+    for epoch in (drawn[:8], drawn[8:]):
+        assert sorted(epoch) == list(range(8))
+        order = [prompts[i] for i in epoch]
+        assert all(order[a : order.index(p) + order.count(p)] == [p] * order.count(p) for a, p in first_of_each(order))
+    assert drawn[:8] != drawn[8:]
+    assert [prompts[i] for i in drawn] != [prompts[i] for batch in config.batches(8) for i in batch]
+
+
+def first_of_each(order: list[int]) -> list[tuple[int, int]]:
+    return [(order.index(p), p) for p in dict.fromkeys(order)]
+
+
 @pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 1 / 8), ("cosine", None)])
 def test_learning_rate(schedule, last):
     config = TrainConfig(learning_rate=1.0, lr_schedule=schedule, warmup_steps=2)

@@ -1,5 +1,9 @@
-"""What benchmarks/tree_workloads.py compares is the same work: one loss, one gradient, whatever the packing."""
+"""What benchmarks/tree_workloads.py compares is the same work: one loss, one gradient, whatever the packing.
 
+FASTPO_GSM8K=DIR, with GSM8K's model_solutions.jsonl, puts real solutions in the place of made-up ones.
+"""
+
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,12 +17,19 @@ if not BENCHMARKS.is_dir():
 sys.path.append(str(BENCHMARKS))
 
 import tree_steps as ways  # noqa: E402
-from tree_data import SOLUTIONS, read_questions, search_workload, solutions_workload  # noqa: E402
+from test_tree_training import ONE_ROW, assert_same_step, step  # noqa: E402
+from tree_data import SOLUTIONS, pair_records, read_questions, search_workload, solutions_workload  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
+from fastpo import objectives  # noqa: E402
+from fastpo.models import response_logps  # noqa: E402
+from fastpo.references import Reference, responses_of, split_by_key  # noqa: E402
 from fastpo.scoring import TreeScorer  # noqa: E402
+from fastpo.tasks import PreferenceTask  # noqa: E402
+from fastpo.tree_task import TreePreferenceTask, plan  # noqa: E402
 
 VOCABULARY = 300
+GSM8K = os.environ.get("FASTPO_GSM8K")
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +51,34 @@ def test_all_ways_give_one_loss_and_one_gradient(scorer, budget):
         "trl": partial(ways.trl_step, scorer.model, ways.trl_batches(workload, 2000), workload),
     }
     found = {}
-    for name, step in steps.items():
+    for name, run in steps.items():
         scorer.zero_grad()
-        found[name] = step(), torch.cat([p.grad.flatten() for p in scorer.parameters()])
+        found[name] = run(), torch.cat([p.grad.flatten() for p in scorer.parameters()])
     loss, gradient = found.pop("paths")
     for name, (other_loss, other) in found.items():
         assert other_loss == pytest.approx(loss, rel=1e-6), name
         tolerance = 1e-4 if name == "trl" else 1e-5  # its head rounds more
         assert float((other - gradient).norm()) < tolerance * float(gradient.norm()), name
+
+
+@pytest.mark.parametrize("name", ["irpo", "tdpo2"])
+def test_solutions_give_the_gradients_of_their_paths(name):
+    """The loop's step on 16 solutions to each of two questions: in one row, and cut across rows."""
+    questions, source = read_questions(GSM8K and Path(GSM8K), 12)
+    records = pair_records(solutions_workload(questions, 2, 10, False))
+    assert ("synthetic" in source) == (GSM8K is None)
+    build = partial(ways.build_model, layers=1, hidden=64, vocabulary=8192)
+    start, responses = build(), responses_of(records)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter *= 1.1  # log-ratios and a KL other than 0
+    logps, cu_seqlens = response_logps(start, list(responses.values()))
+    given = Reference(split_by_key(responses, {"logps": logps, "cu_seqlens": cu_seqlens}), model=start)
+    objective = objectives.by_name(name)
+    expected = step(PreferenceTask, records, objective, 16384, build(), given)
+    assert [len(plan(records, budget)) > 1 for budget in (600, ONE_ROW)] == [True, False]
+    for budget in (600, ONE_ROW):
+        assert_same_step(step(TreePreferenceTask, records, objective, budget, build(), given), expected)
 
 
 @pytest.mark.parametrize(("pairs", "few_shot"), [(10, False), (15, True)])

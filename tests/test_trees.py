@@ -16,6 +16,7 @@ from fastpo import host_python, trees
 from fastpo.dispatch import SlowBackendWarning
 from fastpo.errors import FastpoError
 from fastpo.host import host
+from fastpo.tiny import build_bpe_tokenizer
 from fastpo.trees import TreeBuilder, build_tree, check_tree, join, pack, sequence_nodes, trained_nodes
 from fastpo.types import TokenTree
 
@@ -72,6 +73,21 @@ def test_tokens_may_come_as_lists_arrays_and_tensors():
     for kind in (np.array, torch.tensor, lambda s: torch.tensor(s, dtype=torch.int32), tuple):
         found = build_tree([kind(s) for s in lists], torch.tensor([1, 1]))
         assert all(torch.equal(getattr(found, f), getattr(expected, f)) for f in trees._Part._fields)
+
+
+def test_a_tokenizer_that_merges_across_the_border_of_the_prompt():
+    """Tokens are taken as given: a text tokenised as a whole has a prompt of its own, and shares what is equal."""
+    tokenizer = build_bpe_tokenizer(["ab cd", "ab cd", "ab ce"], 270)
+    prompt, response, whole = (tokenizer.encode(text) for text in ("ab c", "d", "ab cd"))
+    assert whole != prompt + response and whole[:-1] == prompt[: len(whole) - 1], "the test's premise"
+    tree = build_tree([prompt + response, whole], [len(prompt), len(whole) - 1])
+    nodes, cu_seqlens = sequence_nodes(tree)
+    assert tree.tokens[nodes].tolist() == [*response, whole[-1]] and cu_seqlens.tolist() == [
+        0,
+        len(response),
+        len(response) + 1,
+    ]
+    assert tree.num_nodes == len(prompt) + len(response) + 1
 
 
 def test_no_sequences_make_an_empty_tree():
