@@ -12,17 +12,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpo.host import host
 from fastpo.integrations.head import take
 from fastpo.kernels.preference_loss import preference_loss
 from fastpo.models import PromptResponse
 from fastpo.objectives.coupling import TokenRewards
 from fastpo.pairs import PairRecord
-from fastpo.sharing import sharing_scorer
+from fastpo.sharing import rows_of, sharing_scorer
 from fastpo.tasks import NUM_PAIR_SUMS, STATS, PreferenceTask, token_sums, with_kl
 from fastpo.trees import build_tree, pack, sequence_nodes, trained_nodes
 from fastpo.types import TokenTree
@@ -140,8 +138,11 @@ def plan(pairs: Sequence[PairRecord], budget: int) -> list[Row]:
     trees = [tree_of(responses) for responses in together]
     fitting = [i for i, tree in enumerate(trees) if tree.num_nodes <= budget]
     cut = [i for i, tree in enumerate(trees) if tree.num_nodes > budget]
-    whole = _whole_rows([together[i] for i in fitting], [trees[i].num_nodes for i in fitting], budget)
-    placed = [(tree_of(responses), list(responses)) for responses in whole]
+    prompts = [[prompt for prompt, _ in together[i].values()] for i in fitting]
+    placed = []
+    for row in rows_of(prompts, [trees[i].num_nodes for i in fitting], budget):
+        responses = {key: response for k in row for key, response in together[fitting[k]].items()}
+        placed.append((tree_of(responses), list(responses)))
     if cut:
         packed, keys = pack([trees[i] for i in cut], budget), [key for i in cut for key in together[i]]
         names = [[keys[s] for s in sequences.tolist()] for sequences in packed.sequences]
@@ -184,21 +185,3 @@ def tree_of(responses: Responses) -> TokenTree:
 
 def _responses_of(pairs: Sequence[PairRecord]) -> Responses:
     return {key: (prompt, ids) for pair in pairs for key, prompt, ids in pair.present}
-
-
-def _whole_rows(together: Sequence[Responses], sizes: Sequence[int], budget: int) -> list[Responses]:
-    """The responses of each row; ``sizes`` are nodes of the trees of ``together``."""
-    if not together:
-        return []
-    shared = _common_prefix([prompt for responses in together for prompt, _ in responses.values()])
-    lengths = np.array(sizes, dtype=np.int64) - shared  # few-shot examples, a chat template: once in each row
-    rows: dict[int, Responses] = {}
-    for responses, row in zip(together, host().first_fit_decreasing(lengths, budget - shared).tolist(), strict=True):
-        rows.setdefault(row, {}).update(responses)
-    return [rows[row] for row in sorted(rows)]
-
-
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all of them start with."""
-    first, last = min(map(list, prompts)), max(map(list, prompts))
-    return next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

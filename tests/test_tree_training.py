@@ -292,9 +292,10 @@ def test_pairs_of_a_search_tree_stay_together():
     )
 
 
-def test_a_search_tree_is_scored_once(monkeypatch):
-    """Its steps stand in the prompts of pairs; each distinct token goes through the model once all the same."""
-    sequences = [(prompt, ids) for pair in searched() for _, prompt, ids in pair.present]
+@pytest.mark.parametrize("records", [searched(), solutions()], ids=["search", "few-shot"])
+def test_the_reference_scores_each_distinct_token_once(records, monkeypatch):
+    """Steps of a search stand in the prompts of its pairs, few-shot examples before all questions."""
+    sequences = [(prompt, ids) for pair in records for _, prompt, ids in pair.present]
     nodes, forward = [], TreeScorer.forward
 
     def counted(self, tree, *arguments):
