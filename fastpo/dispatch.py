@@ -94,6 +94,37 @@ def always(*_args: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Extension:
+    """A ``missing``: why a backend cannot use ``fastpo.<module>`` (_C, _cuda), or None.
+
+    ``ops``: what the backend calls of it, names in fastpo_c. A module that was built before one of them was written
+    loads, and would fail at that call.
+    """
+
+    module: str
+    ops: tuple[str, ...]
+
+    def __call__(self) -> str | None:
+        return _ops_missing(self.module, self.ops)
+
+
+@cache
+def _ops_missing(module: str, ops: tuple[str, ...]) -> str | None:
+    reason = extension_missing(module)
+    if reason is not None:
+        return reason
+    key = "CUDA" if module == "_cuda" else "CPU"
+    lacking = [op for op in ops if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpo_c::{op}", key)]
+    return outdated(module, lacking[0]) if lacking else None
+
+
+def outdated(module: str, name: str) -> str:
+    """Why ``fastpo.<module>`` cannot be used that has no ``name``."""
+    build = f"FASTPO_BUILD={'cuda' if module == '_cuda' else 'cpu'} python setup.py build_ext --inplace"
+    return f"fastpo.{module} is older than this source, it has no {name}; rebuild it: {build}"
+
+
 @cache
 def extension_missing(module: str) -> str | None:
     """Why ``fastpo.<module>`` (_C, _cuda, _host) cannot be used, or None. Importing it registers its ops."""

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
+__all__ = ["Trie", "cut", "first_fit_decreasing", "sequence_nodes", "trained_nodes"]  # of fastpo._host too
 Ids = np.ndarray | Sequence[int]  # int64
 
 

@@ -1,14 +1,18 @@
 """What an installation promises: every way of importing works, and transformers is undisturbed in the root."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = [*(ROOT / "benchmarks").glob("*.py")]
 # An editable install of this checkout would lend its compiled modules to the wheel under test.
 NO_EDITABLE = 'import sys; sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f)]\n'
 
@@ -33,6 +37,25 @@ def test_kernels_folder_is_not_taken_for_the_kernels_package():
 def test_bare_checkout_imports_from_elsewhere(tmp_path):
     code = "import fastpo, fastpo.kernels.preference_loss as p; print(p.__file__)"
     assert run(code, tmp_path, PYTHONPATH=str(ROOT)).startswith(str(ROOT / "kernels"))
+
+
+def test_what_tests_import_is_declared():
+    """By the package or by its dev extra; not what happens to come along with another package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    declared = {re.match(r"[\w-]+", line)[0].lower() for line in wanted} | {"setuptools", "pybind11", "ninja"}
+    files = [*(ROOT / "tests").rglob("*.py")]
+    own = {path.stem for path in files} | {"fastpo", "benchmarks", "emulated_cuda", *(p.stem for p in BENCHMARKS)}
+    imported = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    names = {"yaml": "pyyaml"}
+    foreign = {names.get(name, name).replace("_", "-") for name in imported - own - sys.stdlib_module_names}
+    assert foreign <= declared
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastpo.kernels.common.once import once_differentiable
 from fastpo.kernels.linear_token_logprobs import gemm, linear_token_logprobs, parallel
 from fastpo.kernels.linear_token_logprobs.checks import check_ignore_index, check_kinds, check_tensors
 from fastpo.kernels.linear_token_logprobs.op import operations_run, under_autocast
@@ -98,6 +99,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[-len(_GRADS) :])
 
 
+@once_differentiable("linear_preference_loss")
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
     result: list[Tensor | None] = [None] * len(_NAMES)
     if upstream is None:
@@ -180,8 +182,8 @@ def linear_preference_loss(
             the rows of a group alone.
 
     Returns:
-        PreferenceOutput, of which ``loss`` carries gradient to hidden, weight, bias, lora and the float fields of
-        segments; with ``stats``, ``(PreferenceOutput, {name: [T]})``, 0 at tokens that do not count.
+        PreferenceOutput, of which ``loss`` carries gradient, once, to hidden, weight, bias, lora and the float fields
+        of segments; with ``stats``, ``(PreferenceOutput, {name: [T]})``, 0 at tokens that do not count.
 
     Raises:
         TypeError, ValueError: one line that names the argument. ValueError too where the budget does not hold the rows

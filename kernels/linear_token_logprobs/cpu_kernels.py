@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import extension_missing
+from fastpo.dispatch import Extension
 
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
 _library.define(
@@ -21,6 +21,7 @@ _library.define(
     "Tensor(a!) out) -> ()"
 )
 _library.define("prefault(Tensor(a!) tensor) -> ()")
+MISSING = Extension("_C", ("linear_tile_forward", "linear_tile_gradient", "linear_tile_finish", "prefault"))
 forward = torch.ops.fastpo_c.linear_tile_forward
 gradient = torch.ops.fastpo_c.linear_tile_gradient
 finish = torch.ops.fastpo_c.linear_tile_finish
@@ -28,6 +29,6 @@ finish = torch.ops.fastpo_c.linear_tile_finish
 
 def prefault(tensor: Tensor) -> Tensor:
     """``tensor``, uninitialised, with its pages made by all threads at once; nothing on a GPU or where it is small."""
-    if tensor.device.type == "cpu" and extension_missing("_C") is None:
+    if tensor.device.type == "cpu" and MISSING() is None:
         torch.ops.fastpo_c.prefault(tensor)
     return tensor

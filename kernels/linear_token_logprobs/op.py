@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.dispatch import Backend, Op, always, triton_missing
 from fastpo.kernels.common.checks import STATS
+from fastpo.kernels.common.once import once_differentiable
 from fastpo.kernels.linear_token_logprobs import cpu_kernels, gemm, parallel, reference, run
 from fastpo.kernels.linear_token_logprobs.checks import (
     check_ignore_index,
@@ -39,7 +40,7 @@ OP = Op(
     "linear_token_logprobs",
     [
         Backend("triton", "cuda", triton_missing, _why_not_fused, _Triton()),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), _why_not_fused, cpu_kernels),
+        Backend("cpu", "cpu", cpu_kernels.MISSING, _why_not_fused, cpu_kernels),
         Backend("torch", "any", always, always, reference),
     ],
 )
@@ -100,6 +101,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.scalars = shared[8:]
 
 
+@once_differentiable("linear_token_logprobs")
 def _backward(ctx, grad_outputs):
     upstream = grad_outputs[:4]
     nothing = [None] * (_NUM_INPUTS + 5)
@@ -163,7 +165,8 @@ def linear_token_logprobs(
         lora: low-rank factors that are added to the weight.
 
     Returns:
-        logps, float32 (float64 for float64), in the shape of labels; with ``stats``, ``(logps, {name: tensor})``.
+        logps, float32 (float64 for float64), in the shape of labels; with ``stats``, ``(logps, {name: tensor})``. Once
+        differentiable.
 
     Raises:
         TypeError, ValueError: one line that names the argument, before any work. A label out of range raises on the

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.dispatch import Backend, Extension, Op, always, triton_missing
 
 from . import checks, reference
 from .records import Outputs, TokenGrads, Tokens, TokenSettings, Tuples, TupleSettings, sequences_of
@@ -36,6 +36,7 @@ LIBRARY = torch.library.Library("fastpo_c", "FRAGMENT")
 LIBRARY.define(f"preference_loss_forward{FORWARD}")
 LIBRARY.define(f"sequence_scores_forward{SCORES}")
 LIBRARY.define(f"preference_loss_backward{BACKWARD}")
+_OPS = ("preference_loss_forward", "sequence_scores_forward", "preference_loss_backward")
 # The logistic of csrc/links.h as the C++ backend's vectors compute it, x [n] and out [4, n] float64 with n a multiple
 # of 8, for the test of its errors.
 LIBRARY.define("logistic(Tensor x, Tensor(a!) out) -> ()")
@@ -84,9 +85,9 @@ def _not_cuda(dtype: torch.dtype, settings: Any = None) -> str | None:
 OP = Op(
     "preference_loss",
     [
-        Backend("cuda", "cuda", lambda: extension_missing("_cuda"), _not_cuda, Compiled),
+        Backend("cuda", "cuda", Extension("_cuda", _OPS), _not_cuda, Compiled),
         Backend("triton", "cuda", triton_missing, _not_float64, _Triton()),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), _not_float64, Compiled),
+        Backend("cpu", "cpu", Extension("_C", _OPS), _not_float64, Compiled),
         Backend("torch", "any", always, always, reference),
     ],
 )

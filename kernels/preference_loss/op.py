@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpo.dispatch import Backend
+from fastpo.kernels.common.once import once_differentiable
 from fastpo.objectives import Batch, Objective, Term
 from fastpo.types import Pairs, PreferenceOutput, Segments
 
@@ -163,6 +164,7 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     _save_loss(ctx, [ctx.needs_input_grad[at] for at in _GRADS_AT], _unflatten(inputs), output)
 
 
+@once_differentiable("preference_loss")
 def _backward_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
     grads, of_scores = _loss_grads(ctx, grad, ctx.needs_input_grad[_NT])
     return (*_by_argument(grads), of_scores, *(None,) * (_NP + _NS + len(TupleSettings._fields)))
@@ -173,6 +175,7 @@ def _setup_scores(ctx: Any, inputs: tuple, output: tuple) -> None:
     _save(ctx, [ctx.needs_input_grad[at] for at in _GRADS_AT], tokens, setting, output, output[1:])
 
 
+@once_differentiable("sequence_scores")
 def _backward_scores(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     return (*_by_argument(_scores_grads(ctx, grad)), *(None,) * _NS)
 
@@ -208,6 +211,7 @@ class _Loss(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
+    @once_differentiable("preference_loss")
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
         grads, of_scores = _loss_grads(ctx, grad, ctx.needs_input_grad[len(TokenGrads._fields)])
         return (*grads, of_scores, None, None, None, None)
@@ -230,6 +234,7 @@ class _Scores(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable("sequence_scores")
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         return (*_scores_grads(ctx, grad), None, None)
 
@@ -274,8 +279,8 @@ def preference_loss(
 
     Returns:
         PreferenceOutput. ``loss`` carries gradient to ``logps``, ``scores`` and the float fields of ``segments`` that
-        require it; the other fields are constants. Everything is float32 (float64 if ``logps`` is). A sequence with no
-        tokens, or with all of them masked, has score 0 and no gradient; without tuples the loss is 0.
+        require it, once; the other fields are constants. Everything is float32 (float64 if ``logps`` is). A sequence
+        with no tokens, or with all of them masked, has score 0 and no gradient; without tuples the loss is 0.
 
     Raises:
         TypeError, ValueError: one line, naming the argument. Index values are checked on the CPU; on a GPU only with

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastpo.dispatch import Extension
+
 from .reference import Head
 
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
@@ -13,6 +15,7 @@ _library.define(
     "token_kl_slope(Tensor x, Tensor ref, Tensor norms, Tensor? factor, float temperature, float scale, "
     "float softcap, Tensor(a!) out) -> ()"
 )
+MISSING = Extension("_C", ("token_kl_divergence", "token_kl_slope"))
 
 
 def divergence(x: Tensor, ref_x: Tensor, head: Head) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.dispatch import Backend, Op, always, triton_missing
+from fastpo.kernels.common.once import once_differentiable
 from fastpo.kernels.linear_token_logprobs import gemm
 
 from . import cpu_kernels, reference
@@ -37,7 +38,7 @@ OP = Op(
     "token_kl",
     [
         Backend("triton", "cuda", triton_missing, _not_float64, _Triton()),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), _not_float64, cpu_kernels),
+        Backend("cpu", "cpu", cpu_kernels.MISSING, _not_float64, cpu_kernels),
         Backend("torch", "any", always, always, reference),
     ],
 )
@@ -97,6 +98,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable("token_kl")
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     none = (None,) * 5
     if grad is None or not ctx.needs_input_grad[0]:
@@ -130,7 +132,7 @@ def token_kl(
 
     Returns:
         [...] float32 (float64 for float64 logits), never negative: near p = q it is summed from terms of second order,
-        where the formula above would give the rounding of what cancels.
+        where the formula above would give the rounding of what cancels. Once differentiable.
 
     Raises:
         TypeError, ValueError: one line that names the argument.
@@ -259,6 +261,7 @@ def _linear_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable("linear_token_kl")
 def _linear_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     *tensors, slopes = ctx.saved_tensors
     result: list[Tensor | None] = [None] * 12
@@ -305,7 +308,7 @@ def linear_token_kl(
             widened besides (V H 4 bytes).
 
     Returns:
-        [...] float32 (float64 for float64 hidden), never negative. Use it as ``Segments.kl``.
+        [...] float32 (float64 for float64 hidden), never negative, once differentiable. Use it as ``Segments.kl``.
 
     Raises:
         TypeError, ValueError: one line that names the argument.

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.dispatch import Backend, Extension, Op, always, triton_missing
 from fastpo.kernels.common.checks import STATS
+from fastpo.kernels.common.once import once_differentiable
 from fastpo.kernels.token_logprobs import reference
 from fastpo.kernels.token_logprobs.checks import check_arguments, check_overwritable, check_values
 
@@ -34,7 +34,8 @@ _library.define(_BACKWARD)
 _library.define("labels_in_range(Tensor labels, int ignore_index, int vocab) -> bool")
 # exp, exp_rate and tanh (which: 0, 1, 2) as the C++ backend computes them, for the test of their errors.
 _library.define("elementary(Tensor x, Tensor(a!) out, int which) -> ()")
-for _name in ("token_logprobs_forward", "token_logprobs_backward"):
+_OPS = ("token_logprobs_forward", "token_logprobs_backward")
+for _name in _OPS:
     torch.library.register_fake(f"fastpo_c::{_name}", lambda *_: None, lib=_library)
 torch.library.register_fake("fastpo_c::labels_in_range", lambda *_: True, lib=_library)
 _compiled = SimpleNamespace(
@@ -65,9 +66,9 @@ def _why_not_fused(logits: Tensor) -> str | None:
 OP = Op(
     "token_logprobs",
     [
-        Backend("cuda", "cuda", lambda: extension_missing("_cuda"), _why_not_fused, _compiled),
+        Backend("cuda", "cuda", Extension("_cuda", _OPS), _why_not_fused, _compiled),
         Backend("triton", "cuda", triton_missing, _why_not_fused, _Triton),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), _why_not_fused, _compiled),
+        Backend("cpu", "cpu", Extension("_C", (*_OPS, "labels_in_range")), _why_not_fused, _compiled),
         Backend("torch", "any", always, always, reference),
     ],
 )
@@ -180,6 +181,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.inplace_backward, ctx.direct = inplace_backward, False
 
 
+@once_differentiable("token_logprobs")
 def _backward(ctx, grad_logps, _normalizer, grad_logsumexp, grad_entropy, grad_sum_p2, *_metrics):
     logits, labels, temperatures, normalizer, entropy, sum_p2 = ctx.saved_tensors
     nothing = (None,) * 9
@@ -244,7 +246,6 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads) -> tuple:
         return None, *_backward(ctx, *grads)
 
@@ -309,7 +310,8 @@ def token_logprobs(
             backward; a leaf, a view of a leaf, and rows that overlap in memory are refused at once.
 
     Returns:
-        logps [...], float32 (float64 for float64 logits); with ``stats``, ``(logps, {name: tensor})``.
+        logps [...], float32 (float64 for float64 logits); with ``stats``, ``(logps, {name: tensor})``. Once
+        differentiable.
 
     Raises:
         TypeError, ValueError: one line that names the argument. A label out of range raises on the CPU; on a GPU, which

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import extension_missing
+from fastpo.dispatch import Extension
 from fastpo.kernels.tree_attention.blocks import AttentionBlocks
 
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
@@ -17,6 +17,7 @@ _library.define(
     "Tensor(d!) delta) -> ()"
 )
 _library.define("tree_attention_pairs(Tensor depth, int group, int window) -> (int, int)")
+MISSING = Extension("_C", ("tree_attention_forward", "tree_attention_backward", "tree_attention_pairs"))
 
 
 def forward(
@@ -43,7 +44,7 @@ def backward(grad_out, q, k, v, out, logsumexp, blocks: AttentionBlocks, sinks, 
 
 def pairs(blocks: AttentionBlocks, group: int = 1, window: int = 0) -> tuple[int, int]:
     """(visible, computed) pairs of the forward of ``group`` query heads: what the tiles' edges cost, as counted."""
-    missing = extension_missing("_C")
-    if missing:
-        raise RuntimeError(missing)
+    reason = MISSING()
+    if reason:
+        raise RuntimeError(reason)
     return torch.ops.fastpo_c.tree_attention_pairs(blocks.depth, group, window)

@@ -6,7 +6,8 @@ Shapes: N tokens of a forest in preorder, Hq query heads, Hkv key and value head
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.dispatch import Backend, Op, always, triton_missing
+from fastpo.kernels.common.once import once_differentiable
 from fastpo.kernels.tree_attention import cpu_kernels, reference
 from fastpo.kernels.tree_attention.blocks import AttentionBlocks, attention_blocks
 from fastpo.kernels.tree_attention.checks import check_arguments
@@ -38,7 +39,7 @@ OP = Op(
     "tree_attention",
     [
         Backend("triton", "cuda", triton_missing, _why_not_fused, _Triton),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), _why_not_fused, cpu_kernels),
+        Backend("cpu", "cpu", cpu_kernels.MISSING, _why_not_fused, cpu_kernels),
         Backend("torch", "any", always, always, reference),
     ],
 )
@@ -108,6 +109,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.scalars = rest[4:]
 
 
+@once_differentiable("tree_attention")
 def _backward(ctx, grad_out, _grad_logsumexp):
     nothing = [None] * 10
     if grad_out is None:
@@ -156,7 +158,7 @@ def tree_attention(
         sinks: one logit per query head that only joins the denominator, as in GPT-OSS; any floating-point type.
 
     Returns:
-        [N, Hq, D] in the type of q, contiguous. Differentiable in q, k, v and sinks.
+        [N, Hq, D] in the type of q, contiguous. Differentiable in q, k, v and sinks, once.
 
     Raises:
         TypeError, ValueError: one line that names the argument, before any work. On the CPU a tree that is not in

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.dispatch import Backend, Extension, Op, always, triton_missing
 from fastpo.kernels.tree_scan import reference
 from fastpo.types import TokenTree
 
@@ -17,8 +17,9 @@ _SCHEMA = "(Tensor values, Tensor parent, Tensor depth, Tensor subtree_end) -> T
 
 # C++ and CUDA implement these for their devices.
 _compiled = torch.library.Library("fastpo_c", "FRAGMENT")
-_compiled.define(f"tree_path_sum{_SCHEMA}")
-_compiled.define(f"tree_subtree_sum{_SCHEMA}")
+_OPS = ("tree_path_sum", "tree_subtree_sum")
+for _name in _OPS:
+    _compiled.define(f"{_name}{_SCHEMA}")
 
 
 class _Compiled:
@@ -39,9 +40,9 @@ class _Triton:
 OP = Op(
     "tree_scan",
     [
-        Backend("cuda", "cuda", lambda: extension_missing("_cuda"), always, _Compiled),
+        Backend("cuda", "cuda", Extension("_cuda", _OPS), always, _Compiled),
         Backend("triton", "cuda", triton_missing, always, _Triton()),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), always, _Compiled),
+        Backend("cpu", "cpu", Extension("_C", _OPS), always, _Compiled),
         Backend("torch", "any", always, always, reference),
     ],
 )

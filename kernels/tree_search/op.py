@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import Backend, Op, always, extension_missing, triton_missing
+from fastpo.dispatch import Backend, Extension, Op, always, triton_missing
 from fastpo.kernels.tree_search import reference
 from fastpo.kernels.tree_search.records import (
     BACKUPS,
@@ -36,6 +36,7 @@ float min_visits, bool use_rewards, float mix, bool close) -> ()"""
 _library.define(
     """tree_process_values(Tensor parent, Tensor size, Tensor signs, Tensor distances, Tensor(a!) values) -> ()"""
 )
+_OPS = ("tree_select", "tree_backup", "tree_process_values")
 _compiled = SimpleNamespace(
     select=torch.ops.fastpo_c.tree_select,
     backup=torch.ops.fastpo_c.tree_backup,
@@ -69,7 +70,7 @@ OP = Op(
     "tree_search",
     [
         Backend("triton", "cuda", triton_missing, always, _Triton),
-        Backend("cpu", "cpu", lambda: extension_missing("_C"), always, _compiled),
+        Backend("cpu", "cpu", Extension("_C", _OPS), always, _compiled),
         Backend("torch", "any", always, always, reference),
     ],
 )
