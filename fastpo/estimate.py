@@ -122,7 +122,9 @@ def costs(config: Config, objective: Objective, sizes: Sizes, prompts: int, prom
         for stage, sequences, tokens, rows in _search_costs(config, prompts, prompt_tokens):
             add(stage, sequences, tokens, rows)
     if config.score_by == "implicit":
-        add("implicit rewards, two or three models", 3 * responses, 3 * responses * whole, 3 * responses * whole)
+        rows = responses * config.max_new_tokens
+        tokens = (prompts if config.sharing else responses) * prompt_tokens + rows
+        add("implicit rewards, two or three models", 3 * responses, 3 * tokens, 3 * rows)
     if config.score_by in ("judge", "duels") or config.pair_rule == "judgements":
         asked, length = _judge_prompts(config, prompts), whole + JUDGE_TOKENS
         if config.score_by != "judge":

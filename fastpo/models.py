@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -173,15 +173,15 @@ def response_logps(
 
     Packed in the order of ``sequences``. At most ``micro_batch_tokens`` tokens, padding included, go through the model
     at once. With an ``accelerator`` the sequences are shared out among its processes, each gets the whole result, and
-    its mixed precision applies, so that a reference equals the policy at the start of training.
+    its mixed precision applies, so that a reference equals the policy at the start of training; without, this process
+    scores all of them.
 
     Cost: one forward of the body over the sequences, and the LM head on the response tokens only.
 
     Raises FastpoError for an empty prompt or response and for a sequence longer than the context, before any work.
     """
     check_sequences(sequences, context_length(model), "sequences")
-    accelerator = accelerator or Accelerator()
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device
     scorer = ResponseScorer(model)
     lengths = [len(prompt) + len(response) - 1 for prompt, response in sequences]
@@ -194,7 +194,7 @@ def response_logps(
             mine = group[rank::world]
             if mine:
                 batch = collate([sequences[i] for i in mine]).to(device)
-                with torch.no_grad(), accelerator.autocast():
+                with torch.no_grad(), nullcontext() if accelerator is None else accelerator.autocast():
                     scored = scorer(batch, functools.partial(batch.logps, stats=stats))  # [R] each
                 logps, found = scored if stats else (scored, {})
                 targets = torch.cat([torch.arange(*cu_seqlens[i : i + 2].tolist()) for i in mine])  # [R]
@@ -203,7 +203,7 @@ def response_logps(
                 progress(len(group))
     finally:
         model.train(was_training)
-    if world > 1:  # every process holds zeros where the others scored
+    if accelerator is not None and world > 1:  # every process holds zeros where the others scored
         values = accelerator.reduce(values.to(accelerator.device)).cpu()
     return values if stats else values[0], cu_seqlens
 

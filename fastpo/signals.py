@@ -11,15 +11,16 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from fastpo import embedded
+from fastpo.config import Config
 from fastpo.data import Codec
 from fastpo.judges import Judge, Rubric, mean_known, rubric
-from fastpo.models import PromptResponse, ResponseScorer, check_sequences, collate, context_length, split_by_tokens
+from fastpo.models import PromptResponse, response_logps
 from fastpo.pair_rules import judgement_pair, most_varied, verdict_pairs
 from fastpo.reward_rules import implicit_rewards
+from fastpo.sharing import tree_response_logps
 from fastpo.statistics import kendall_tau, win_rates
 
 Row = dict[str, Any]
@@ -100,10 +101,10 @@ def implicit(
     wanted = {0, iteration - 1, max(iteration - 2, 0)}
     sequences = [(row["prompt_ids"], r["ids"]) for row in rows for r in row["responses"]]
     lengths = np.array([len(ids) for _, ids in sequences])
-    budget, sums = codec.config.micro_batch_tokens, {}
+    sums = {}
     for j in sorted(wanted):
         with autocast():
-            sums[j] = _summed_logps(load(j), sequences, budget)
+            sums[j] = _summed_logps(load(j), sequences, codec.config)
 
     def ranking(j: int) -> np.ndarray:
         return implicit_rewards(sums[j], sums[0]) if j else sums[0] / lengths
@@ -120,17 +121,11 @@ def implicit(
     return found
 
 
-@torch.no_grad()
-def _summed_logps(model: PreTrainedModel, sequences: Sequence[PromptResponse], budget: int) -> np.ndarray:
+def _summed_logps(model: PreTrainedModel, sequences: Sequence[PromptResponse], config: Config) -> np.ndarray:
     """[S] fp64 log-probs of whole responses. In this process alone: the others are at other samples."""
-    check_sequences(sequences, context_length(model), "samples")
-    scorer, device = ResponseScorer(model), next(model.parameters()).device
-    sums = np.zeros(len(sequences))
-    for group in split_by_tokens([len(prompt) + len(response) for prompt, response in sequences], budget):
-        batch = collate([sequences[i] for i in group]).to(device)
-        logps = scorer(batch, batch.logps).double().cpu()  # [R]
-        sums[group] = np.add.reduceat(logps.numpy(), batch.cu_seqlens[:-1].cpu().numpy())
-    return sums
+    logps_of = tree_response_logps if config.sharing else response_logps
+    logps, cu_seqlens = logps_of(model, sequences, micro_batch_tokens=config.micro_batch_tokens)
+    return np.add.reduceat(logps.double().numpy(), cu_seqlens[:-1].numpy())
 
 
 def meta_judged(rows: Sequence[Row], columns: Sequence[Row], judge: Judge, seed: int) -> list[Row]:

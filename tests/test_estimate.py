@@ -77,6 +77,15 @@ def test_judges_and_scans_are_counted(settings, stage, sequences):
     assert found[stage].sequences == sequences and found[stage].flops > 0
 
 
+@pytest.mark.parametrize(("sharing", "prompts"), [(True, 10), (False, 40)])
+def test_implicit_rewards_by_hand(sharing, prompts):
+    """Three models on 40 responses of 3 tokens to 10 prompts of 5."""
+    config = Config(num_samples=4, max_new_tokens=3, score_by="implicit", pair_rule="max_min", sharing=sharing)
+    (found,) = (c for c in costs(config, build_objective(config), SIZES, 10, 5.0) if "implicit" in c.stage)
+    assert found.tokens == 3 * (prompts * 5 + 40 * 3)
+    assert found.flops == 2 * 1000 * found.tokens + 2 * (3 * 40 * 3) * 10 * 20
+
+
 def test_searches_by_hand():
     """10 prompts of 5 tokens; 16 expansions of 3 children, steps of 4 tokens; each node is completed twice and once."""
     settings = {"search_width": 3, "search_simulations": 16, "search_step_tokens": 4, "search_rollouts": 2}

@@ -167,8 +167,10 @@ def test_duels_are_fair_to_both_places(model):
     assert found["scores"] == pytest.approx(((matrix.sum(1) - 0.5) / 2).tolist())
 
 
-def test_implicit_rewards_and_consistency(model):
+@pytest.mark.parametrize("sharing", [True, False])
+def test_implicit_rewards_and_consistency(model, sharing):
     judge = judge_of(model)
+    codec = replace(judge.codec, config=replace(judge.codec.config, sharing=sharing))
     rows = rows_of(judge, "a", "bb", "1+1=2", "#### 5")
     models = {0: model, 1: embedded.build_model(4).eval(), 2: embedded.build_model(5).eval()}
 
@@ -177,10 +179,10 @@ def test_implicit_rewards_and_consistency(model):
         logits = models[j](torch.tensor([[*ids[0], *ids[1]]])).logits[0, len(ids[0]) - 1 : -1]
         return logits.log_softmax(-1).gather(1, torch.tensor(ids[1])[:, None]).sum().item()
 
-    (first,) = signals.implicit(rows, models.get, judge.codec, iteration=1)
+    (first,) = signals.implicit(rows, models.get, codec, iteration=1)
     assert first["scores"] == pytest.approx([logp(0, i) / len(rows[0]["responses"][i]["ids"]) for i in range(4)], 1e-4)
     assert "consistency" not in first
-    (third,) = signals.implicit(rows, models.get, judge.codec, iteration=3)
+    (third,) = signals.implicit(rows, models.get, codec, iteration=3)
     assert third["scores"] == pytest.approx([logp(2, i) - logp(0, i) for i in range(4)], abs=1e-3)
     before = [logp(1, i) - logp(0, i) for i in range(4)]
     order = np.sign(np.subtract.outer(third["scores"], third["scores"]) * np.subtract.outer(before, before))
