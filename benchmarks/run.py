@@ -194,7 +194,8 @@ def measure(arguments: argparse.Namespace) -> int:
             print(f"  {program.minutes * 60:4.0f} s  {' '.join(program.command)}")
         return 0
     for number, (op, bench, case) in enumerate(cases, start=1):
-        minutes = (time.perf_counter() - begin) / 60
+        started = time.perf_counter()
+        minutes = (started - begin) / 60
         if minutes > end_of_cases:
             left_out.append(label(op, case))
             continue
@@ -209,6 +210,7 @@ def measure(arguments: argparse.Namespace) -> int:
             traceback.print_exc()
             continue
         print_rows(found)
+        print(f"  took {time.perf_counter() - started:.1f} s")
         rows += found
         if not arguments.dry_run:
             append(found)

@@ -33,9 +33,11 @@ def layers_for(vocabulary: int, parameters: int = 50_000_000, hidden: int = 512)
     return round((parameters - vocabulary * hidden) / (hidden * hidden * (4 + 3 * 11 / 4)))
 
 
-def build_model(layers: int = 10, hidden: int = 512, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
+def build_model(
+    layers: int = 10, hidden: int = 512, vocabulary: int = VOCABULARY, *, seed: int = 0
+) -> LlamaForCausalLM:
     """A random Llama, of some 50M parameters by default; embeddings tied, fp32."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

@@ -4,7 +4,8 @@
     python benchmarks/tree_training.py --quick          # a small model and few pairs: does it run?
 
 Both train the same random Llama of 50M parameters on the same pairs by DPO, with AdamW and clipping, some steps of the
-whole workload each; log-probs of the reference are there before the clock starts. TRL runs as fast as its settings
+whole workload each; log-probs of the reference, another random Llama, are there before the clock starts, so that the
+first loss is a sum over all tokens and not log 2. TRL runs as fast as its settings
 allow on a CPU: no recomputation of activations, no truncation, a prompt's pairs side by side, so that a batch pads
 little (in the trainer's random order it pads half as much again). The losses of all steps must agree to 1e-4.
 
@@ -35,7 +36,7 @@ from accelerate import Accelerator  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from datasets.utils import disable_progress_bars  # noqa: E402
 from measure import machine  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from transformers import PreTrainedModel, TrainerCallback  # noqa: E402
 from tree_data import Workload, pair_records, read_questions, solutions_workload  # noqa: E402
 from tree_steps import BETA, TRL_BUDGET, build_model, trl_batches  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
@@ -139,12 +140,18 @@ def compare(workload: Workload, gemm: str, arguments: argparse.Namespace, where:
         append(row, arguments.out)
 
 
+def models(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The policy, always the same, and its reference."""
+    size = (2, 128) if arguments.quick else ()
+    return build_model(*size), build_model(*size, seed=1)
+
+
 def run_fastpo(workload: Workload, arguments: argparse.Namespace, sharing: bool) -> Run:
     """``fastpo.training.train_preference``, what the loop's training stage is."""
-    model, records = build_model(*((2, 128) if arguments.quick else ())), pair_records(workload)
+    model, reference, records = *models(arguments), pair_records(workload)
     responses = {p.chosen_key: (p.prompt_ids, p.chosen_ids) for p in records}
     responses |= {p.rejected_key: (p.prompt_ids, p.rejected_ids) for p in records}
-    logps, cu_seqlens = response_logps(model, list(responses.values()), micro_batch_tokens=arguments.budget)
+    logps, cu_seqlens = response_logps(reference, list(responses.values()), micro_batch_tokens=arguments.budget)
     ref_logps = dict(zip(responses, logps.tensor_split(cu_seqlens[1:-1]), strict=True))
     config = TrainConfig(
         learning_rate=LEARNING_RATE,
@@ -194,7 +201,7 @@ class _Stopwatch(TrainerCallback):
 
 
 def run_trl(workload: Workload, arguments: argparse.Namespace) -> Run:
-    model, records = build_model(*((2, 128) if arguments.quick else ())), pair_records(workload)
+    model, reference, records = *models(arguments), pair_records(workload)
     size = len(trl_batches(workload, arguments.trl_budget)[0])  # as many as the budget takes, and divide the pairs
     size = max(k for k in range(1, size + 1) if len(records) % k == 0)
     texts = ("the tokens are there already",)
@@ -227,6 +234,7 @@ def run_trl(workload: Workload, arguments: argparse.Namespace) -> Run:
         )
         trainer = _Trainer(
             model,
+            reference,
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=build_bpe_tokenizer(texts, 300),

@@ -20,7 +20,8 @@ a head of a twelfth, and more layers. Compare ``ceiling``, of tokens, with ``wor
 matrix products and of the attention.
 
 Rows go to results/trees.csv as each workload ends. Takes some 8 minutes on 4 quiet cores, of which TRL's step on the
-largest trees takes more than two: ``--ways fastpo paths dense`` leaves it out. One round of all but that workload,
+largest trees takes more than two: ``--trl-every 4`` runs every fourth of its batches, in rows "trl, sampled" whose time
+is that of all by their tokens; ``--ways fastpo paths dense`` leaves it out. One round of all but that workload,
 ``--workloads A B C2 --seconds 0``, takes some 3 minutes.
 """
 
@@ -32,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -94,6 +95,7 @@ class Way:
     tokens: int
     head_tokens: int
     scores: int  # pairs of a token and one that it attends to
+    share: float = 1.0  # of the step's tokens that ``run`` runs
 
 
 def main() -> None:
@@ -125,6 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl-budget", type=int, default=ways.TRL_BUDGET, help="the same of TRL, which is fastest so")
     parser.add_argument("--seconds", type=float, default=16, help="of rounds of each workload, beyond the first")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="fastpo always runs")
+    parser.add_argument("--trl-every", type=int, default=1, metavar="N", help="TRL runs every N-th of its batches")
     names = ["A", "B", "C2", "C2-steps", "C5", "C5-steps"]
     parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C5"], choices=names)
     parser.add_argument("--vocabulary", type=int, default=ways.VOCABULARY, help="at least 8192")
@@ -164,6 +167,8 @@ def measure(
     distinct = sum(build_tree(*tree).num_nodes for tree in zip(workload.trees, workload.starts, strict=True))
     ours, chains = sizes(row.tree for row in shared), sizes(row.tree for row in paths)
     padded = [ways.trl_inputs(workload, batch)["input_ids"].shape for batch in batches]
+    every = arguments.trl_every
+    sampled = sum(n * width for n, width in padded[::every]) / sum(n * width for n, width in padded)
 
     def way(step: Callable, rows: list, size: tuple[int, int, int], largest: int) -> Way:
         return Way(partial(step, rows), partial(step, rows[largest : largest + 1]), *size)
@@ -177,18 +182,22 @@ def measure(
         sum(n * width * (width + 1) // 2 for n, width in padded),
     )
     most = largest_of(row.tree.num_nodes for row in shared)
+    theirs = way(
+        lambda rows: ways.trl_step(scorer.model, rows, workload),
+        batches,
+        trl_size,
+        largest_of(n * width for n, width in padded),
+    )
     steps = {
         "fastpo": way(packed(ways.tree_logps), shared, ours, most),
         "paths": way(lambda rows: ways.path_step(scorer, rows, workload), paths, chains, 0),
         "dense": way(packed(ways.dense_logps), shared, ours, most),
-        "trl": way(
-            lambda rows: ways.trl_step(scorer.model, rows, workload),
-            batches,
-            trl_size,
-            largest_of(n * width for n, width in padded),
-        ),
+        "trl": theirs,
     }
     steps = {name: way for name, way in steps.items() if name in ("fastpo", *arguments.ways)}
+    if every > 1 and steps.pop("trl", None):
+        run = partial(ways.trl_step, scorer.model, batches[::every], workload)
+        steps["trl, sampled"] = replace(theirs, run=run, share=sampled)
     common = {**where, "workload": workload.name, "gemm": gemm, "pairs": len(workload.all_pairs)}
     peaks = warmed(steps, scorer)
     times = timed(steps, seconds, scorer, checked=True)
@@ -237,7 +246,8 @@ def warmed(chosen: dict[str, Way], scorer: TreeScorer) -> dict[str, float]:
 
 
 def timed(chosen: dict[str, Way], seconds: float, scorer: TreeScorer, checked: bool = False) -> dict[str, list[float]]:
-    """A step of each, ``checked``: one loss, one gradient; then more in turn, of those that take at most ``seconds``.
+    """A step of each, ``checked`` where it is whole: one loss, one gradient; then more in turn, of those that take at
+    most ``seconds``.
 
     At most five each, until the seconds are up.
     """
@@ -247,6 +257,7 @@ def timed(chosen: dict[str, Way], seconds: float, scorer: TreeScorer, checked: b
         loss = _clocked(way, times[name], scorer)
         if checked:
             print(f"  {name}: {times[name][0]:.2f} s", flush=True)
+        if checked and way.share == 1:
             wanted = _compared(name, loss, scorer, wanted)
     again = {name: way for name, way in chosen.items() if times[name][0] <= seconds}
     begin = time.perf_counter()
@@ -260,7 +271,7 @@ def _clocked(way: Way, times: list[float], scorer: TreeScorer) -> object:
     scorer.zero_grad(set_to_none=True)
     start = time.perf_counter()
     loss = way.run()
-    times.append(time.perf_counter() - start)
+    times.append((time.perf_counter() - start) / way.share)
     return loss
 
 

@@ -11,6 +11,7 @@ NAMES = {
     "paths": "packed, unshared",
     "dense": "shared, dense mask",
     "trl": "TRL, padded",
+    "trl, sampled": "TRL, every 4th batch, by its tokens",
     "flex": "FlexAttention",
     "unshared": "packed, unshared",
 }

@@ -5,6 +5,7 @@ FASTPO_GSM8K=DIR, with GSM8K's model_solutions.jsonl, puts real solutions in the
 
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,9 @@ if not BENCHMARKS.is_dir():
     pytest.skip("no benchmarks/: not a checkout", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
+import tree_host  # noqa: E402
 import tree_steps as ways  # noqa: E402
+import tree_workloads  # noqa: E402
 from test_tree_training import ONE_ROW, assert_same_step, step  # noqa: E402
 from tree_data import SOLUTIONS, pair_records, read_questions, search_workload, solutions_workload  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
@@ -99,3 +102,36 @@ def test_batches_for_trl_hold_every_pair_once_and_one_prompt_each():
     assert [pair for batch in batches for pair in batch] == workload.all_pairs
     assert all(len({w // SOLUTIONS for w, _ in batch}) == 1 for batch in batches)
     assert max(ways.trl_inputs(workload, batch)["input_ids"].numel() for batch in batches) <= 3000
+
+
+def test_a_sampled_way_is_timed_as_a_whole_one_and_compared_with_none(scorer):
+    calls = []
+
+    def recorded(name, loss):
+        def run():
+            calls.append(name)
+            for parameter in scorer.parameters():
+                parameter.grad = torch.full_like(parameter, loss)
+            time.sleep(0.02)
+            return loss
+
+        return run
+
+    def way(name, loss, share=1.0):
+        return tree_workloads.Way(recorded(name, loss), recorded(name, loss), 10, 10, 10, share)
+
+    found = tree_workloads.timed({"fastpo": way("a", 1.0), "part": way("b", 2.0, 0.25)}, 0, scorer, checked=True)
+    assert calls == ["a", "b"] and found["part"][0] >= 0.08 > found["fastpo"][0]
+    with pytest.raises(SystemExit, match="whole computes something else"):
+        tree_workloads.timed({"fastpo": way("a", 1.0), "whole": way("b", 2.0)}, 0, scorer, checked=True)
+
+
+def test_figures_of_the_host(monkeypatch):
+    """Counted, not timed: a chain's pairs are nearly all visible, and sharing changes no loss."""
+    monkeypatch.setattr(tree_host, "build_model", lambda *_: ways.build_model(1, 64, VOCABULARY))
+    workload = search_workload((2, 2), VOCABULARY, prompt_tokens=16)
+    found = {figure: readings for figure, _, readings, _ in tree_host.metadata([workload])}
+    assert found.keys() == {"metadata", "metadata share", "block efficiency"}
+    assert 50 < found["block efficiency"][0] <= 100
+    ((figure, case, (apart,), _),) = tree_host.curve(workload)
+    assert figure == "loss curve" and case.startswith("2 steps in two epochs") and apart < 1e-4
