@@ -129,7 +129,7 @@ def test_a_sampled_way_is_timed_as_a_whole_one_and_compared_with_none(scorer):
 def test_figures_of_the_host(monkeypatch):
     """Counted, not timed: a chain's pairs are nearly all visible, and sharing changes no loss."""
     monkeypatch.setattr(tree_host, "build_model", lambda *_: ways.build_model(1, 64, VOCABULARY))
-    workload = search_workload((2, 2), VOCABULARY, prompt_tokens=16)
+    workload = search_workload((2, 2, 2), VOCABULARY, prompt_tokens=16)
     found = {figure: readings for figure, _, readings, _ in tree_host.metadata([workload])}
     assert found.keys() == {"metadata", "metadata share", "block efficiency"}
     assert 50 < found["block efficiency"][0] <= 100
