@@ -248,6 +248,12 @@ def test_the_kl_is_taken_once_per_distinct_predictor(monkeypatch):
     assert rows == [len(predictors)]
 
 
+def test_a_row_has_room_by_distinct_tokens():
+    """The few-shot examples are counted once for all questions of a row."""
+    (whole,) = plan(solutions(), ONE_ROW)
+    assert [len(plan(solutions(), whole.tree.num_nodes - missing)) for missing in (0, 1)] == [1, 2]
+
+
 @pytest.mark.parametrize("budget", [1, 50, 60, 100, ONE_ROW])
 def test_rows_keep_to_the_budget_and_hold_every_response_once(budget):
     records = solutions()
