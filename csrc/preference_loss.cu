@@ -119,7 +119,7 @@ void launch_sums(const Tensor& like, const Tokens& tokens, const SequenceSums& o
 std::array<Tensor, 2> stable_sort(const Tensor& values) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(values), torch::stable::detail::from(std::optional<bool>(true)),
                                     torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 

@@ -87,7 +87,7 @@ def check(tensors, labels, settings, *, stats=(), memory_budget=None, train=LEAV
     ``roundings``: fp32 eps of the largest gradient that any gradient may be off beyond twice torch's error.
     """
     generator = torch.Generator().manual_seed(1)
-    weights = {name: torch.randn(labels.numel(), generator=generator) for name in upstream}
+    weights = {name: torch.randn(labels.numel(), generator=generator).to(labels.device) for name in upstream}
     dtype = tensors["hidden"].dtype
     exact, exact_grads = spec(tensors, labels, torch.float64, weights, **settings)
     torchs, torchs_grads = spec(tensors, labels, dtype, weights, **settings)
