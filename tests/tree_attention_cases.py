@@ -63,10 +63,11 @@ def spec_values(leaves, tree, weight, dtype, scale=None, softcap=None, window=No
 
 
 def check(tree: TokenTree, leaves: list[torch.Tensor], **settings) -> None:
-    """out and all gradients against fp64: twice the error of the spec in the same type, plus two roundings.
+    """out and all gradients against fp64: twice the error of the spec in the same type, plus two roundings in fp32.
 
     Roundings of delta = grad_out . out too: d loss / d score is p (grad_out . v - delta), which for a token that sees
-    nothing but itself is 0, and exactly so only where both are summed in one order.
+    nothing but itself is 0, and exactly so only where both are summed in one order. A 16-bit result may be off by one
+    rounding of its largest element besides.
     """
     dtype = leaves[0].dtype
     weight = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0])
@@ -80,5 +81,6 @@ def check(tree: TokenTree, leaves: list[torch.Tensor], **settings) -> None:
     for name, x, x_torch, x_exact in zip(("out", "q", "k", "v", "sinks"), ours, torchs, exact, strict=False):
         assert x.shape == x_exact.shape
         error, error_torch = ((y.double() - x_exact).abs().amax().item() for y in (x, x_torch))
-        tiny = 2 * torch.finfo(torch.float32).eps * max(1.0, delta, x_exact.abs().amax().item())
+        largest = x_exact.abs().amax().item()
+        tiny = 2 * torch.finfo(torch.float32).eps * max(1.0, delta, largest) + torch.finfo(dtype).eps / 2 * largest
         assert error <= 2 * error_torch + tiny, f"{name}: error {error:.2e}, torch's {error_torch:.2e}"

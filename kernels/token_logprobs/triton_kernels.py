@@ -313,15 +313,15 @@ def forward(
         min(topk, vocab), num_rows, vocab,
     )  # fmt: skip
     outputs = (parts, logps, normalizer, *wanted)
-    grid = (num_rows, splits)
-    _forward_kernel[grid](
-        *row_args, part_size, *outputs,
-        LANES=lanes, VEC=vec, ALIGNED=_aligned(logits), num_warps=num_warps, maxnreg=_registers(top),
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    if parts is not None:
-        joined = triton.next_power_of_2(splits)
-        _join_kernel[(num_rows,)](*row_args, splits, *outputs, LANES=joined, num_warps=1, enable_fp_fusion=True)
+    with torch.cuda.device_of(logits):
+        _forward_kernel[(num_rows, splits)](
+            *row_args, part_size, *outputs,
+            LANES=lanes, VEC=vec, ALIGNED=_aligned(logits), num_warps=num_warps, maxnreg=_registers(top),
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        if parts is not None:
+            joined = triton.next_power_of_2(splits)
+            _join_kernel[(num_rows,)](*row_args, splits, *outputs, LANES=joined, num_warps=1, enable_fp_fusion=True)
 
 
 def backward(
@@ -341,11 +341,12 @@ def backward(
         return
     lanes, vec, num_warps = tile_shape(logits.dtype, vocab)
     tiles = triton.cdiv(vocab, lanes * vec)
-    _backward_kernel[(num_rows * tiles,)](
-        logits, logits.stride(0), logits.stride(1), grad_logits, grad_logits.stride(0), grad_logits.stride(1),
-        logits.shape[1], labels, temperatures, temperature, logit_softcap or None, ignore_index, num_rows, vocab, tiles,
-        normalizer, grad_logps, coefs, TILE=lanes * vec, num_warps=num_warps, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _backward_kernel[(num_rows * tiles,)](
+            logits, logits.stride(0), logits.stride(1), grad_logits, grad_logits.stride(0), grad_logits.stride(1),
+            logits.shape[1], labels, temperatures, temperature, logit_softcap or None, ignore_index, num_rows, vocab,
+            tiles, normalizer, grad_logps, coefs, TILE=lanes * vec, num_warps=num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _registers(top: bool) -> int | None:

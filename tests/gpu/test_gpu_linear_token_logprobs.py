@@ -77,7 +77,9 @@ def test_a_label_out_of_range_is_nan_in_its_row_alone():
     assert logps.isnan().nonzero().flatten().tolist() == [4]
 
 
-def test_no_wait_for_the_device_without_ignore_index():
+def test_no_wait_for_the_device_without_ignore_index(backend):
+    if backend == "torch":
+        pytest.skip("the kernels are what is promised not to wait")
     tensors, labels, _ = on_gpu(*problem(30, 16, 300))
     leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
     linear_token_logprobs(*leaves, labels.clamp_min(0), ignore_index=None).sum().backward()

@@ -168,6 +168,7 @@ def test_runs_on_the_current_stream_and_in_a_graph():
         return out.loss.detach(), *torch.autograd.grad(out.loss, logps)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the arguments
     with torch.cuda.stream(stream):
         expected = step()
     torch.cuda.synchronize()
