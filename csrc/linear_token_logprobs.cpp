@@ -25,16 +25,16 @@ using torch::stable::Tensor;
 struct Kernels {
   decltype(&generic::transform_row) transform;
   decltype(&generic::exp_row_kernel) exp;
-  decltype(&generic::gradient_kernel) gradient;
-  decltype(&generic::copy_rows_dispatch) copy_rows;
+  decltype(&generic::gradient_row<false>) gradient, gradient_capped;
+  decltype(&generic::narrow_row_kernel) narrow;
   decltype(&generic::scale_row) scale_row;
   decltype(&generic::add_scaled_dispatch) add_scaled;
 };
 
-#define FASTPO_KERNELS(isa)                                                                                      \
-  Kernels {                                                                                                      \
-    isa::transform_row, isa::exp_row_kernel, isa::gradient_kernel, isa::copy_rows_dispatch, isa::scale_row,      \
-        isa::add_scaled_dispatch                                                                                 \
+#define FASTPO_KERNELS(isa)                                                                                       \
+  Kernels {                                                                                                       \
+    isa::transform_row, isa::exp_row_kernel, isa::gradient_row<false>, isa::gradient_row<true>,                   \
+        isa::narrow_row_kernel, isa::scale_row, isa::add_scaled_dispatch                                          \
   }
 
 Kernels kernels() {
@@ -91,11 +91,10 @@ struct Labels {
     }
   }
 
-  // d [R, v] with these strides becomes values at the labels.
-  void put(int64_t row, const float* values, float* d, int64_t row_stride, int64_t column_stride) const {
+  // d [v], a row of the tile, becomes values at the labels.
+  void put(int64_t row, const float* values, float* d) const {
     each(row, [&](int64_t entry, int64_t column, bool again) {
-      float& at = d[row * row_stride + column * column_stride];
-      at = again ? at + values[entry] : values[entry];
+      d[column] = again ? d[column] + values[entry] : values[entry];
     });
   }
 };
@@ -167,34 +166,30 @@ void forward_op(const Tensor z, const std::optional<Tensor> out, const std::opti
     state.add(tile);
     if (out) where.each(row, [&](int64_t, int64_t column, bool) { y[column] = 0; });
   };
-  constexpr int64_t kBlock = 16;  // rows that are transposed together
-  for_each_task((rows + kBlock - 1) / kBlock, rows * width, [&](int64_t task) {
-    const int64_t first = task * kBlock, last = std::min(rows, first + kBlock);
-    for (int64_t row = first; row < last; ++row) of_row(row);
+  const auto narrow = kept ? kernel.narrow(type_of(*kept)) : nullptr;
+  for_each_task(rows, rows * width, [&](int64_t row) {
+    of_row(row);
     if (!kept) return;
-    const int64_t row_stride = kept->stride(0), element = static_cast<int64_t>(kept->element_size());
-    char* copy = data<char>(*kept) + first * row_stride * element;
-    const float* e = data(z) + first * stride;
-    kernel.copy_rows(type_of(*kept), e, stride, last - first, width, copy, row_stride, kept->stride(1));
+    const int64_t place = row * kept->stride(0) * static_cast<int64_t>(kept->element_size());
+    narrow(data(z) + row * stride, width, data<char>(*kept) + place);
   });
 }
 
 void gradient_op(const Tensor z, const Tensor out, const std::optional<Tensor> bias, const Tensor inverse_temperature,
                  const Tensor starts, const Tensor labels, int64_t start, double logit_scale, double logit_softcap,
                  const Tensor centre, const Tensor rest, const Tensor coefs, const Tensor values) {
-  const int64_t rows = z.size(0), width = z.size(1), row_stride = z.stride(0), column_stride = z.stride(1);
-  STD_TORCH_CHECK(data(out) == data(z) && out.stride(0) == row_stride, "on the CPU the gradient goes over the logits");
+  const int64_t rows = z.size(0), width = z.size(1), stride = z.stride(0);
+  STD_TORCH_CHECK(data(out) == data(z) && out.stride(0) == stride, "on the CPU the gradient goes over the logits");
   const TileHead head = tile_head(bias, logit_scale, logit_softcap);
   const TileRows of{data(inverse_temperature), data(centre), data(rest), data(coefs), coefs.stride(0)};
   const Labels where(starts, labels, start, width);
-  const bool by_row = column_stride == 1;
-  const auto gradient = kernels().gradient(by_row, head.softcap != 0);
-  const int64_t lines = by_row ? rows : width, length = by_row ? width : rows;
-  for_each_task(lines, rows * width, [&](int64_t line) {
-    float* const first = data(z) + line * (by_row ? row_stride : column_stride);
-    gradient(first, length, head, of, line);
+  const Kernels kernel = kernels();
+  const auto gradient = head.softcap == 0 ? kernel.gradient : kernel.gradient_capped;
+  for_each_task(rows, rows * width, [&](int64_t row) {
+    float* const d = data(z) + row * stride;
+    gradient(d, width, head, of, row);
+    where.put(row, data(values), d);
   });
-  for (int64_t row = 0; row < rows; ++row) where.put(row, data(values), data(z), row_stride, column_stride);
 }
 
 void finish_op(const Tensor product, const Tensor factor, const Tensor starts, const Tensor labels, const Tensor weight,

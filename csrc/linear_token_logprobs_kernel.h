@@ -130,127 +130,36 @@ static ExpRow exp_row_kernel(bool out, bool capped, bool moments) {
   return moments ? exp_row<false, true, true> : exp_row<false, false, true>;
 }
 
-// dL/dz in place of z [n]. Along a row (BY_ROW) the bias changes from element to element and the row's numbers do not;
-// along a column of the tile it is the other way round.
-template <bool BY_ROW, bool CAPPED>
-static void gradient_line(float* z, int64_t n, const TileHead& head, const TileRows& rows, int64_t at) {
+// dL/dz in place of z [n], logits of a row.
+template <bool CAPPED>
+static void gradient_row(float* z, int64_t n, const TileHead& head, const TileRows& rows, int64_t row) {
   const Transform<CAPPED> transform(head);
-  const auto of_row = [&](const float* column, int64_t i, int count) __attribute__((always_inline)) {
-    return BY_ROW ? set(column[at]) : load_some(column + i, count, 0.f);
-  };
+  const Vf inverse_temperature = set(rows.inverse_temperature[row]);
+  const Vf centre = set(rows.centre[row]), rest = set(rows.rest[row]);
+  const Vf a = set(rows.coefs[row]), b = set(rows.coefs[rows.stride + row]), c = set(rows.coefs[2 * rows.stride + row]);
   each_vector(n, [&](int64_t i, int, int count) __attribute__((always_inline)) {
-    Vf bias = set(0.f);
-    if (head.bias != nullptr) bias = BY_ROW ? load_some(head.bias + i, count, 0.f) : set(head.bias[at]);
+    const Vf bias = head.bias == nullptr ? set(0.f) : load_some(head.bias + i, count, 0.f);
     const Vf y = transform(load_some(z + i, count, 0.f), bias);
-    const Vf inverse_temperature = of_row(rows.inverse_temperature, i, count);
-    // t stays finite for p t.
-    const Vf t = max(set(-1e4f), (y - of_row(rows.centre, i, count)) * inverse_temperature);
-    const Vf p = exp(t - of_row(rows.rest, i, count));
-    const Vf b = of_row(rows.coefs + rows.stride, i, count), c = of_row(rows.coefs + 2 * rows.stride, i, count);
-    const Vf polynomial = fma(c, p, fma(b, t, of_row(rows.coefs, i, count)));
+    const Vf t = max(set(-1e4f), (y - centre) * inverse_temperature);  // t stays finite for p t
+    const Vf p = exp(t - rest);
+    const Vf polynomial = fma(c, p, fma(b, t, a));
     store_some(z + i, transform.sloped(inverse_temperature * transform.scale * p * polynomial, y), count);
   });
 }
 
-using GradientLine = void (*)(float*, int64_t, const TileHead&, const TileRows&, int64_t);
-
-static GradientLine gradient_kernel(bool by_row, bool capped) {
-  if (by_row) return capped ? gradient_line<true, true> : gradient_line<true, false>;
-  return capped ? gradient_line<false, true> : gradient_line<false, false>;
-}
-
-// x[i] becomes lane i of the vectors: a W x W transposition.
-#if FASTPO_SIMD_BITS == 512
-FASTPO_INLINE Vf low_pairs(Vf a, Vf b) {
-  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-FASTPO_INLINE Vf high_pairs(Vf a, Vf b) {
-  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-FASTPO_INLINE void transpose(Vf (&x)[W]) {
-  Vf t[W];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = low_pairs(t[i], t[i + 2]);
-    x[i + 1] = high_pairs(t[i], t[i + 2]);
-    x[i + 2] = low_pairs(t[i + 1], t[i + 3]);
-    x[i + 3] = high_pairs(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const Vf even = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88), even2 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
-    const Vf odd = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd), odd2 = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
-    t[i] = _mm512_shuffle_f32x4(even, even2, 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
-    t[i + 8] = _mm512_shuffle_f32x4(even, even2, 0xdd);
-    t[i + 12] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) x[i] = t[i];
-}
-#else
-FASTPO_INLINE void transpose(Vf (&x)[W]) {
-  float lanes[W][W];
-  for (int i = 0; i < W; ++i) store(lanes[i], x[i]);
-  for (int i = 0; i < W; ++i) {
-    float column[W];
-    for (int j = 0; j < W; ++j) column[j] = lanes[j][i];
-    x[i] = load(column);
-  }
-}
-#endif
-
-// Whether vectors at p + i step, i = 0, 1, ..., are whole lines of the cache, which may go to memory past it.
+// out [n] = e, in a narrower type.
 template <class T>
-FASTPO_INLINE bool streams(const T* p, int64_t step) {
-  return sizeof(T) * W == 64 && (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(step) * sizeof(T)) % 64 == 0;
+static void narrow_row(const float* e, int64_t n, void* out) {
+  T* typed = static_cast<T*>(out);
+  each_vector(n, [&](int64_t j, int, int count) __attribute__((always_inline)) {
+    store_some(typed + j, load_some(e + j, count, 0.f), count);
+  });
 }
 
-// Stores what is not read again soon: without reading the line first. for_each_task ends with a locked instruction, behind
-// which all of a thread's stores are seen.
-template <class T>
-FASTPO_INLINE void stream(T* p, Vf x) {
-#if FASTPO_SIMD_BITS == 512
-  if constexpr (sizeof(T) == 4) return _mm512_stream_ps(p, x);
-#endif
-  store(p, x);
-}
+using NarrowRow = void (*)(const float*, int64_t, void*);
 
-// out[i * row_stride + j * column_stride] = e[i * stride + j], one of the strides being 1.
-template <class T>
-static void copy_rows(const float* e, int64_t stride, int64_t rows, int64_t n, T* out, int64_t row_stride,
-                      int64_t column_stride) {
-  if (column_stride == 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      each_vector(n, [&](int64_t j, int, int count) __attribute__((always_inline)) {
-        store_some(out + i * row_stride + j, load_some(e + i * stride + j, count, 0.f), count);
-      });
-    }
-    return;
-  }
-  for (int64_t first = 0; first < rows; first += W) {
-    const int count = static_cast<int>(rows - first < W ? rows - first : W);
-    for (int64_t j = 0; j < n; j += W) {
-      const int width = static_cast<int>(n - j < W ? n - j : W);
-      Vf block[W];
-      for (int i = 0; i < count; ++i) block[i] = load_some(e + (first + i) * stride + j, width, 0.f);
-      for (int i = count; i < W; ++i) block[i] = set(0.f);
-      transpose(block);
-      if (count == W && streams(out + first, column_stride)) {
-        for (int v = 0; v < width; ++v) stream(out + (j + v) * column_stride + first, block[v]);
-        continue;
-      }
-      for (int v = 0; v < width; ++v) store_some(out + (j + v) * column_stride + first, block[v], count);
-    }
-  }
-}
-
-static void copy_rows_dispatch(Type type, const float* e, int64_t stride, int64_t rows, int64_t n, void* out,
-                               int64_t row_stride, int64_t column_stride) {
-  if (type == Type::float32) copy_rows(e, stride, rows, n, static_cast<float*>(out), row_stride, column_stride);
-  if (type == Type::bfloat16) copy_rows(e, stride, rows, n, static_cast<BFloat16*>(out), row_stride, column_stride);
-  if (type == Type::float16) copy_rows(e, stride, rows, n, static_cast<Half*>(out), row_stride, column_stride);
+static NarrowRow narrow_row_kernel(Type type) {
+  return type == Type::float32 ? narrow_row<float> : type == Type::bfloat16 ? narrow_row<BFloat16> : narrow_row<Half>;
 }
 
 // out = factor e, [n]; out may be e.

@@ -25,7 +25,7 @@ HEADS = {
     "lora": {"lora": True, "bias": True, "temperature": "per row"},
 }
 LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
-BUDGETS = {"one group": None, "several groups": 100_000, "recomputed": 45_000}
+BUDGETS = {"one group": None, "several groups": 80_000, "recomputed": 35_000}
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -44,13 +44,13 @@ def counted_operations(monkeypatch):
     counts = []
 
     def counted(function, size):
-        def run(a, b):
+        def run(a, b, *rest):
             counts.append(2 * a.shape[0] * a.shape[1] * size(b))
-            return function(a, b)
+            return function(a, b, *rest)
 
         return run
 
-    for name, size in (("logits", 0), ("logits_for_gradient", 0), ("times", 1), ("outer", 1)):
+    for name, size in (("logits", 0), ("times", 1), ("outer", 1)):
         monkeypatch.setattr(gemm, name, counted(getattr(gemm, name), lambda b, dim=size: b.shape[dim]))
     return counts
 

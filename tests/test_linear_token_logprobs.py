@@ -117,11 +117,12 @@ def test_a_certain_label_keeps_the_precision_of_its_gradient(dtype, kept):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("kept", [0, 0.4, 10])
 def test_low_precision_operands_as_on_a_gpu(monkeypatch, backend, dtype, kept):
-    """GEMMs of bf16 and fp16 operands to fp32 results, which no CPU library has: exp(logits) rounded in between."""
+    """GEMMs of bf16 and fp16 operands to fp32 results, in torch's products: exp(logits) rounded in between."""
     if backend == "cpu":
         pytest.skip("its kernels write float32 or over the logits")
     monkeypatch.setattr(gemm, "operand", lambda x: x)
-    monkeypatch.setattr(gemm, "_onednn", lambda x: False)
+    monkeypatch.setattr(gemm, "_ours", lambda x: False)
+    monkeypatch.setattr(gemm, "tile_for_product", lambda z, w, kept=None: z.to(w.dtype) if kept is None else kept)
     monkeypatch.setattr(gemm, "_mm", lambda a, b: torch.mm(a.float(), b.float()))
     n, h, v = 200, 64, 1111
     for head in (HEADS["plain"], HEADS["lora and softcap"]):

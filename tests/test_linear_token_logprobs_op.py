@@ -36,13 +36,13 @@ def counted(monkeypatch):
 
     def counting(function):
         def call(a, b, *rest, **named):
-            found.append(2 * a.shape[0] * a.shape[1] * b.numel() // a.shape[1])
+            found.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
             return function(a, b, *rest, **named)
 
         return call
 
     monkeypatch.setattr(torch, "mm", counting(torch.mm))
-    monkeypatch.setattr(gemm, "_linear", counting(gemm._linear))
+    monkeypatch.setattr(gemm, "_multiply", counting(gemm._multiply))
     return found
 
 

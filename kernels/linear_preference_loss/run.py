@@ -207,7 +207,7 @@ class LentState(State):
         most = self.lent.shape[0] // vocab_size
         if self.row_chunk <= most:
             at = start * most + first_row * columns
-        return gemm.kept_tile(self.lent[at : at + size], rows, columns)
+        return self.lent[at : at + size].view(rows, columns)
 
 
 def _state(inputs: Inputs, batch: Batch, plan: Plan, totals: "Totals", with_hidden: bool, topk: int) -> State:

@@ -40,9 +40,9 @@ class Head:
 
     def tile(self, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight [v, H], LoRA's B [v, r] and bias [v] of some vocabulary entries, as GEMMs and kernels take them."""
-        lora_b = None if self.lora_b is None else gemm.operand(self.lora_b[start:stop])
+        lora_b = None if self.lora_b is None else self.lora_b[start:stop]
         bias = None if self.bias is None else self.bias[start:stop].to(gemm.wide(self.bias.dtype))
-        return gemm.operand(self.weight[start:stop]), lora_b, bias
+        return self.weight[start:stop], lora_b, bias
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class State:
         return self.tile_at(first_row * vocab_size + rows * start, rows, columns)
 
     def tile_at(self, offset: int, rows: int, columns: int) -> Tensor | None:
-        """A tile of ``kept``, as the GEMMs take it; None beyond its end."""
+        """A tile of ``kept``; None beyond its end."""
         if offset + rows * columns > self.kept.numel():
             return None
-        return gemm.kept_tile(self.kept[offset : offset + rows * columns], rows, columns)
+        return self.kept[offset : offset + rows * columns].view(rows, columns)
 
 
 def _tiles(vocab_size: int, width: int) -> Iterator[tuple[int, int, int]]:
@@ -132,20 +132,29 @@ def _forward_rows(
     decay = torch.empty_like(state.largest[first:last])
     rows = (part.inverse_temperature, part.entries.starts, part.entries.labels)
     results = (state.largest[first:last], state.sums[:, first:last], decay, state.picked, top, moments)
+    spare = gemm.spare(part.x, (last - first) * plan.vocab_tile)
     for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
         w, lora_b, bias = head.tile(start, stop)
-        z = _logits(part, w, lora_b, gemm.logits)
         kept = state.kept_tile(first, last - first, start, stop - start, vocab_size)
+        z = _logits(part, w, lora_b, _room(spare, kept, last - first, stop - start))
         wanted = kept is not None or state.product is not None
         e = gemm.tile_for_product(z, w, kept) if wanted else None
         copy = kept if kept is not e else None
         kernels.forward(z, e, copy, bias, *rows, start, *head.scalars, _headroom(head.weight.dtype), *results)
         if kept is not None:
             state.references[number, first:last] = state.largest[first:last]
+        before = None if number == 0 else decay
         if state.product is not None and e is not None:
-            _accumulate(state.product[first:last], e, w, decay, number == 0)
+            gemm.times(e, w, state.product[first:last], before)
         if state.lora_product is not None and e is not None and lora_b is not None:
-            _accumulate(state.lora_product[first:last], e, lora_b, decay, number == 0)
+            gemm.times(e, lora_b, state.lora_product[first:last], before)
+
+
+def _room(spare: Tensor | None, kept: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    """Where logits [rows, columns] go: to their kept tile, if it has their type, else to ``spare``; None: anywhere."""
+    if spare is None or (kept is not None and kept.dtype == spare.dtype):
+        return kept if spare is not None else None
+    return spare[: rows * columns].view(rows, columns)
 
 
 def _headroom(dtype: torch.dtype) -> float:
@@ -156,19 +165,10 @@ def _headroom(dtype: torch.dtype) -> float:
     return 10.0 if dtype == torch.float16 else 20.0
 
 
-def _logits(part: Batch, w: Tensor, lora_b: Tensor | None, product) -> Tensor:
-    """[R, v] of a tile's weight [v, H] and LoRA factor [v, r]; ``product`` chooses the layout."""
-    z = product(part.x, w)
+def _logits(part: Batch, w: Tensor, lora_b: Tensor | None, out: Tensor | None) -> Tensor:
+    """[R, v] of a tile's weight [v, H] and LoRA factor [v, r], in ``out`` if it is given."""
+    z = gemm.logits(part.x, w, out)
     return z if lora_b is None else z.add_(gemm.small(part.u, lora_b.t()))
-
-
-def _accumulate(total: Tensor, e: Tensor, w: Tensor, decay: Tensor, is_first: bool) -> None:
-    """total [R, H] = total decay + e w, e [R, v], w [v, H]."""
-    product = gemm.times(e, w)
-    if is_first:
-        total.copy_(product)
-    else:
-        torch.addcmul(product, total, decay[:, None], out=total)
 
 
 @dataclass(frozen=True)
@@ -259,37 +259,82 @@ def head_gradients(
     vocab_size = head.weight.shape[0]
     factors = into.multiplied(batch)
     kept = Kept.of(batch, state, slopes, factors, vocab_size)
+    spare = gemm.spare(batch.x, min(plan.row_chunk, len(batch.x)) * plan.vocab_tile)
     for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
         operands, kept_rows = head.tile(start, stop), 0
-        totals: dict[str, Tensor] = {}
-        for first, last, part in batch.chunks(plan.row_chunk):
+        tiles = [
+            state.kept_tile(first, last - first, start, stop - start, vocab_size) if slopes.only_a else None
+            for first, last, _ in batch.chunks(plan.row_chunk)
+        ]
+        totals = {name: Total.of(getattr(into, name)[start:stop], tiles, slopes.coefs.dtype) for name in factors}
+        for (first, last, part), d in zip(batch.chunks(plan.row_chunk), tiles, strict=True):
             rows = slice(first, last)
-            d = state.kept_tile(first, last - first, start, stop - start, vocab_size) if slopes.only_a else None
             if d is None:
-                d = _tile_gradient(head, part, slopes, rows, start, operands, kernels)
+                d = _tile_gradient(head, part, slopes, rows, start, operands, kernels, spare)
                 multiplied = {name: m[rows] for name, m in factors.items()}
             else:
                 multiplied, kept_rows = kept.scaled(rows, number), last
             for name, m in multiplied.items():
-                product = gemm.outer(d, m) if name == "weight" else gemm.narrow_outer(d, m)
-                totals[name] = totals[name].add_(product) if name in totals else product
+                totals[name].add(name, d, m, first > 0 or (accumulate and totals[name].direct))
             if into.x is not None:
                 into.x[rows] += gemm.times(d, operands[0])
             if into.u is not None:
                 into.u[rows] += gemm.small(d, operands[1])
         for name, total in totals.items():
             if kept_rows:
-                kept.add_labels(name, total, start, stop, kept_rows, kernels)
-            out = getattr(into, name)[start:stop].view(total.shape)
-            out.add_(total) if accumulate else out.copy_(total)
+                kept.add_labels(name, total.sum, start, stop, kept_rows, kernels)
+            total.finish(accumulate)
+
+
+@dataclass(frozen=True)
+class Total:
+    """The gradient of some vocabulary entries as it is summed over row chunks."""
+
+    out: Tensor  # [v, k] where it belongs
+    sum: Tensor  # [v, k] of the wide type: out itself, or memory besides
+
+    @property
+    def direct(self) -> bool:
+        return self.sum is self.out
+
+    @staticmethod
+    def of(out: Tensor, tiles: list[Tensor | None], dtype: torch.dtype) -> "Total":
+        """out [v, k] or [v]. It is not written to while it is narrower than the sum or ``tiles`` lie in its memory."""
+        out = out.view(out.shape[0], -1)
+        direct = out.dtype == dtype and not any(tile is not None and _overlap(tile, out) for tile in tiles)
+        return Total(out, out if direct else torch.empty_like(out, dtype=dtype))
+
+    def add(self, name: str, d: Tensor, m: Tensor, add: bool) -> None:
+        """d^T m, d [R, v], m [R, k], added to the sum or in its place."""
+        if name == "weight":
+            gemm.outer(d, m, self.sum, add)
+        elif add:
+            self.sum.add_(gemm.narrow_outer(d, m))
+        else:
+            self.sum.copy_(gemm.narrow_outer(d, m))
+
+    def finish(self, accumulate: bool) -> None:
+        if self.direct:
+            return
+        if accumulate:
+            self.out.add_(self.sum)
+        else:
+            self.out.copy_(self.sum)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    starts, sizes = (a.data_ptr(), b.data_ptr()), (a.nbytes, b.nbytes)
+    return starts[0] < starts[1] + sizes[1] and starts[1] < starts[0] + sizes[0]
 
 
 def _tile_gradient(
-    head: Head, part: Batch, slopes: Slopes, rows: slice, start: int, operands: tuple, kernels: ModuleType
-) -> Tensor:
-    """dL/dz [R, v] of one tile, from its logits computed again, as ``gemm.outer`` takes it."""
+    head: Head, part: Batch, slopes: Slopes, rows: slice, start: int, operands: tuple, kernels: ModuleType,
+    spare: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """dL/dz [R, v] of one tile, from its logits computed again."""
     w, lora_b, bias = operands
-    z = _logits(part, w, lora_b, gemm.logits_for_gradient)
+    z = _logits(part, w, lora_b, _room(spare, None, len(part.x), len(w)))
     d = gemm.tile_for_product(z, w)
     where = (part.inverse_temperature, part.entries.starts, part.entries.labels, start, *head.scalars)
     kernels.gradient(z, d, bias, *where, *slopes.norm[:2, rows], slopes.coefs[:, rows], slopes.values)

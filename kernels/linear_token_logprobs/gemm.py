@@ -1,23 +1,23 @@
 """The matrix products of a fused LM head, on one tile of R rows x v vocabulary entries, always with an fp32 result.
 
-    logits   z  = x w^T      [R, v]
-    times    u  = e w        [R, H]
-    outer    dw = d^T x      [v, H]
+    logits   z  = x w^T               [R, v]
+    times    u  = decay u + e w       [R, H]
+    outer    dw = dw + d^T x          [v, H]
 
 - CUDA: cuBLAS. bf16 and fp16 operands give fp32 results (``out_dtype``): rounding logits before the logsumexp is where
   fused losses drift from the trainer's.
-- CPU: oneDNN's fp32 kernels where this torch has them, which run at 2.5 times MKL's rate on AMD processors with AVX-512
-  and at the same rate on Intel's; else MKL. No CPU library here takes bf16 operands to an fp32 result, so tiles of
-  low-precision operands are widened first.
-
-oneDNN multiplies by a matrix of any strides but copies its first operand unless that is contiguous, so
-``logits_for_gradient`` and ``kept_tile`` give tiles in the layout that ``outer`` wants, as [R, v] views.
+- CPU: csrc/gemm.cpp, which adds to its result in place, takes operands of 16 bits as they are and needs 8 MiB of
+  memory, where libraries return new tensors, copy and widen. It runs at oneDNN's rate, 2.5 times MKL's on AMD
+  processors with AVX-512 (LOG.md). Where it is not built, and in fp64: what torch takes.
 """
 
+import platform
 import threading
 
 import torch
 from torch import Tensor
+
+from fastpo.dispatch import extension_missing
 
 
 class Tally(threading.local):
@@ -33,60 +33,83 @@ class Tally(threading.local):
 tally = Tally()
 
 
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+_library = torch.library.Library("fastpo_c", "FRAGMENT")
+_library.define("gemm(Tensor a, Tensor b, Tensor(a!) out, Tensor? decay, bool add) -> ()")
 
 
-def _onednn(x: Tensor) -> bool:
-    return _has_onednn() and x.device.type == "cpu" and x.dtype == torch.float32
+_multiply = torch.ops.fastpo_c.gemm
 
 
-def _linear(x: Tensor, w: Tensor) -> Tensor:
-    """oneDNN's x w^T: x [M, K] contiguous, w [N, K] of any strides -> [M, N]."""
-    tally.add(x, w.t())
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+def _ours(x: Tensor) -> bool:
+    """Whether csrc/gemm.cpp multiplies x: on processors that it has fast kernels for."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and _X86 and extension_missing("_C") is None
+
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def logits(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [R, H], w [v, H] -> [R, v], in ``out`` if it is given."""
+    return _product(x, w.t(), out)
+
+
+def times(e: Tensor, w: Tensor, out: Tensor | None = None, decay: Tensor | None = None) -> Tensor:
+    """e [R, v], w [v, H] -> [R, H]; with decay [R] added to what is in ``out`` times that."""
+    return _product(e, w, out, decay)
+
+
+def outer(d: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """d [R, v], x [R, H] -> d^T x [v, H]; or added to what is in ``out``."""
+    return _product(d.t(), x, out, add=add)
+
+
+def _product(
+    a: Tensor,  # [M, K]
+    b: Tensor,  # [K, N]
+    out: Tensor | None,  # [M, N], of the wide type and with contiguous rows; apart from a and b in memory
+    decay: Tensor | None = None,  # [M]
+    add: bool = False,
+) -> Tensor:
+    """ab, out + ab or decay out + ab, in ``out``; None: a new tensor."""
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=wide(a.dtype))
+    if _ours(a):
+        tally.add(a, b)
+        _multiply(_dense(a), _dense(b), out, decay, add)
+    elif decay is not None:
+        torch.addcmul(_mm(operand(a), operand(b)), out, decay[:, None], out=out)
+    elif add:
+        out.add_(_mm(operand(a), operand(b)))
+    else:
+        out.copy_(_mm(operand(a), operand(b)))
+    return out
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x [M, N], with a stride of 1."""
+    return x if 1 in x.stride() else x.contiguous()
 
 
 def operand(x: Tensor) -> Tensor:
-    """x, in the type that the products take on its device."""
+    """x, in the type that torch's products take on its device."""
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def logits(x: Tensor, w: Tensor) -> Tensor:
-    """x [R, H], w [v, H] -> [R, v] fp32, contiguous; on a CPU the same bits as ``logits_for_gradient``."""
-    # oneDNN sums over a tile of a transposed weight in another order; p of logits made again would not sum to 1.
-    return _linear(x.contiguous(), w.contiguous()) if _onednn(x) else _mm(x, w.t())
-
-
-def logits_for_gradient(x: Tensor, w: Tensor) -> Tensor:
-    """``logits`` in the layout that ``outer`` wants."""
-    return _linear(w.contiguous(), x).t() if _onednn(x) else _mm(x, w.t())
+def spare(x: Tensor, elements: int) -> Tensor | None:
+    """[elements] of memory for tiles, one after another, of the wide type; None on a GPU, whose allocator keeps it."""
+    return x.new_empty(elements, dtype=wide(x.dtype)) if x.device.type == "cpu" else None
 
 
 def tile_for_product(z: Tensor, w: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Where a tile goes that logits z [R, v] become, to be multiplied with w: on a GPU where it is kept, if it is."""
-    if kept is not None and z.device.type != "cpu":
+    """Where a tile goes that logits z [R, v] become, to be multiplied with w.
+
+    On a CPU over the logits; on a GPU where it is kept, if it is, or in w's type.
+    """
+    if z.device.type == "cpu":
+        return z
+    if kept is not None:
         return kept
     return z if z.dtype == w.dtype else torch.empty_like(z, dtype=w.dtype)
-
-
-def kept_tile(memory: Tensor, rows: int, columns: int) -> Tensor:
-    """A tile [rows, columns] in flat memory of that size, in the layout that ``outer`` wants."""
-    if memory.device.type == "cpu" and _has_onednn():
-        return memory.view(columns, rows).t()
-    return memory.view(rows, columns)
-
-
-def times(e: Tensor, w: Tensor) -> Tensor:
-    """e [R, v], w [v, H] -> [R, H] fp32."""
-    e = operand(e)
-    return _linear(e.contiguous(), w.t()) if _onednn(e) else _mm(e, w)
-
-
-def outer(d: Tensor, x: Tensor) -> Tensor:
-    """d [R, v], x [R, H] -> d^T x [v, H] fp32."""
-    d = operand(d)
-    return _linear(d.t().contiguous(), x.t()) if _onednn(d) else _mm(d.t(), x)
 
 
 def narrow_outer(d: Tensor, m: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 
 DEFAULT_BUDGET = 2**30  # bytes, besides the state that grows with the rows
-# Rows x vocabulary entries of a tile: large enough for the GEMM library's full rate; on a CPU the tile also stays in
-# the last-level cache between the GEMMs, and is twice as wide where there are half the rows or fewer.
-_LARGEST_TILE = {"cpu": (2048, 1024), "cuda": (8192, 8192)}
+# Rows x vocabulary entries of a tile: large enough for the full rate of the products; on a CPU the tile also stays in
+# the last-level cache between them, is twice as wide where there are half the rows or fewer, and no power of two: lines
+# of its rows in the same place of their pages would compete for few places of the cache.
+_LARGEST_TILE = {"cpu": (2048, 992), "cuda": (8192, 8192)}
 _SMALLEST_VOCAB = 128
-# What a CPU's process holds beyond what is in use, measured: scratch of the GEMM library in each thread, freed blocks.
-# Of small budgets a fifth; of those below 64 MiB, where none of that is, nothing.
-_OVERHEAD, _OVERHEAD_FROM = 40 * 2**20, 2**26
+# What a CPU's process holds besides: packed operands of the products, 8 MiB and half a MiB a thread. Small problems
+# have small ones, so that budgets below 64 MiB need not count them.
+_OVERHEAD, _OVERHEAD_FROM = 12 * 2**20, 2**26
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def plan(
     wide = max(4, dtype.itemsize)  # of logits, and of everything accumulated
     state = num_rows * wide * (16 + hidden_size * (3 if hidden_grad else 1))
     if device == "cpu" and memory_budget is not None and memory_budget >= _OVERHEAD_FROM:
-        state += min(_OVERHEAD, memory_budget // 5)
+        state += _OVERHEAD
     room = DEFAULT_BUDGET if memory_budget is None else memory_budget - state
     rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, device, num_rows)
     rows = _equal_chunk(num_rows, rows)
@@ -113,12 +114,13 @@ def largest_chunk(device: str) -> int:
 
 
 def _tile_memory(rows: int, vocab: int, hidden_size: int, wide: int, device: str) -> int:
-    """Logits and what becomes of them, the weight's tile as the GEMM packs it, its gradient, a product [rows, H].
+    """Logits and what becomes of them, the gradient of the weight's tile; on a GPU a product [rows, H] too.
 
-    On a CPU what becomes of the logits takes their place.
+    On a CPU what becomes of the logits takes their place, and products are added where they belong.
     """
-    tiles = 1 if device == "cpu" else 2
-    return wide * (tiles * rows * vocab + 2 * vocab * hidden_size + rows * hidden_size)
+    if device == "cpu":
+        return wide * vocab * (rows + hidden_size)
+    return wide * (2 * rows * vocab + 2 * vocab * hidden_size + rows * hidden_size)
 
 
 def _equal_chunk(num_rows: int, most: int) -> int:

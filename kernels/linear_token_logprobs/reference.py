@@ -43,7 +43,7 @@ def spec(
 def forward(
     z: Tensor,  # [R, v]; overwritten
     out: Tensor | None,  # [R, v]: e^t dy/dz without its factor logit_scale / temperature; 0 at the rows' own labels
-    kept: Tensor | None,  # [R, v], any strides: the same, for the backward
+    kept: Tensor | None,  # [R, v]: the same, for the backward
     bias: Tensor | None,  # [v]
     inverse_temperature: Tensor,  # [R]
     starts: Tensor,  # [R+1] int64: the entries of row i are starts[i]:starts[i+1]
