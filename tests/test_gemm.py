@@ -62,8 +62,11 @@ def test_products_in_place(isa, m, n, k, dtype):
                 assert memory[:, n:].isnan().all()
 
 
-def test_threads_do_not_change_bits(isa):
-    """Nor does the number of rows change those of a row: each sum runs over the depth in one order."""
+def test_bits_depend_on_the_numbers_alone(isa):
+    """Not on threads, layouts or the rows beside: each sum runs over the depth in one order.
+
+    Logits made again in the backward are then those of the forward, and p sums to 1 where a token is near-certain.
+    """
     a, b = torch.randn(300, 2500), torch.randn(2500, 90)
     threads = torch.get_num_threads()
     found = []
@@ -75,6 +78,7 @@ def test_threads_do_not_change_bits(isa):
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert torch.equal(gemm._product(a[100:117], b, None), found[0][100:117])
+    assert torch.equal(gemm._product(a.t().contiguous().t(), b.t().contiguous().t(), None), found[0])
 
 
 def test_names_what_it_does_not_take():
