@@ -191,36 +191,27 @@ FASTPO_INLINE Vf first_n(Vf x, int n) {
   return load(lanes);
 }
 
-// The largest lane; none of them is NaN. By halves, in registers: short rows and sequences feel the difference.
-FASTPO_INLINE float reduce_max(Vf x) {
+// The largest lane, or the sum of all. By halves, in registers: short rows and sequences feel the difference.
+template <bool largest>
+FASTPO_INLINE float reduce(Vf x) {
 #if FASTPO_SIMD_BITS == 512
-  const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  const __m256 low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
+  const __m256 y = largest ? _mm256_max_ps(low, high) : _mm256_add_ps(low, high);
 #elif FASTPO_SIMD_BITS == 256
   const __m256 y = x;
 #endif
 #if FASTPO_SIMD_BITS >= 256
-  const __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  const __m128 first = _mm256_castps256_ps128(y), second = _mm256_extractf128_ps(y, 1);
+  const __m128 z = largest ? _mm_max_ps(first, second) : _mm_add_ps(first, second);
 #else
   const Vf z = x;
 #endif
+  if (!largest) return (z[0] + z[2]) + (z[1] + z[3]);
   const float even = z[0] > z[2] ? z[0] : z[2], odd = z[1] > z[3] ? z[1] : z[3];
   return even > odd ? even : odd;
 }
-
-// Likewise.
-FASTPO_INLINE float reduce_add(Vf x) {
-#if FASTPO_SIMD_BITS == 512
-  const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-#elif FASTPO_SIMD_BITS == 256
-  const __m256 y = x;
-#endif
-#if FASTPO_SIMD_BITS >= 256
-  const __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
-#else
-  const Vf z = x;
-#endif
-  return (z[0] + z[2]) + (z[1] + z[3]);
-}
+FASTPO_INLINE float reduce_max(Vf x) { return reduce<true>(x); }  // none of them is NaN
+FASTPO_INLINE float reduce_add(Vf x) { return reduce<false>(x); }
 
 // exp(x) = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q minimax of degree 4 (3e-9).
 // ln 2 is split so that n times its first part is exact, with or without a fused multiply-add.

@@ -288,6 +288,20 @@ def test_errors_of_settings(settings, error, message):
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_fp32_inside_on_the_cpu(dtype, monkeypatch):
+    """The output, and the gradient of v, are those of the converted inputs in fp32, rounded once: as documented."""
+    monkeypatch.setenv("FASTPO_BACKEND", "cpu")
+    tree = random_forest(300, 0.2)
+    own = tensors(tree, dtype=dtype)
+    wide = [x.detach().float().requires_grad_() for x in own]
+    found, wanted = tree_attention(*own, tree), tree_attention(*wide, tree)
+    assert torch.equal(found, wanted.to(dtype))
+    [grad], [wanted_grad] = (torch.autograd.grad(y.float().sum(), x[2]) for y, x in ((found, own), (wanted, wide)))
+    assert torch.equal(grad, wanted_grad.to(dtype))
+
+
+@needs_cpp
 @pytest.mark.parametrize(
     ("depth", "ends", "message"),
     [
