@@ -2,7 +2,8 @@
 
 In README.md everything between ``<!-- rows: NAME -->`` and ``<!-- /rows -->`` is written by this script: ``figure``,
 ``table`` (the suite "quick"), ``workloads`` (the end-to-end programs), ``status`` (which op was measured where).
-docs/results.md holds every case. Without --readme it only says whether they are current (exit code 1 if not).
+docs/results.md holds every case, docs/claims.md every figure that was asked for. Without --readme it only says whether
+they are current (exit code 1 if not).
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import claims  # noqa: E402
 from measure import RESULTS, read  # noqa: E402
 from tables import Result, comparison, headlines, latest, status, where  # noqa: E402
 from workloads import tables  # noqa: E402
@@ -129,12 +131,17 @@ def rewritten(text: str, rows: list[dict[str, str]]) -> str:
     return _BLOCK.sub(lambda match: match[1] + found[match[2]] + match[3], text)
 
 
-def pages(rows: list[dict[str, str]]) -> str:
-    """docs/results.md."""
+def pages(rows: list[dict[str, str]]) -> dict[str, str]:
+    """File in docs/ -> its text."""
+    return {"results.md": every_case(rows), "claims.md": claims.page(claims.Rows.of())}
+
+
+def every_case(rows: list[dict[str, str]]) -> str:
+    """docs/results.md: op by op."""
     parts = [
         "# What was measured\n\nWritten by `python benchmarks/plot.py --readme` from `benchmarks/results/results.csv`."
     ]
-    kinds = (latest(rows, gpu) for gpu in (False, True))
+    kinds = (sorted(latest(rows, gpu), key=lambda result: result.fastpo["op"]) for gpu in (False, True))
     parts += [f"## {where(results)}\n\n{comparison(results)}" for results in kinds if results]
     return "\n\n".join(parts) + "\n"
 
@@ -153,9 +160,10 @@ def stale(rows: list[dict[str, str]]) -> list[str]:
     found = []
     if README.read_text(encoding="utf-8") != rewritten(README.read_text(encoding="utf-8"), rows):
         found.append("README.md")
-    page = DOCS / "results.md"
-    if not page.exists() or page.read_text(encoding="utf-8") != pages(rows):
-        found.append("docs/results.md")
+    for name, text in pages(rows).items():
+        page = DOCS / name
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            found.append(f"docs/{name}")
     for path, results in figures(rows).items():
         if not path.exists() or digest(results) not in path.read_text(encoding="utf-8"):
             found.append(f"docs/{path.name}")
@@ -175,7 +183,8 @@ def main() -> int:
     README.write_text(rewritten(README.read_text(encoding="utf-8"), rows), encoding="utf-8")
     for path, results in figures(rows).items():
         draw(results, path)
-    (DOCS / "results.md").write_text(pages(rows), encoding="utf-8")
+    for name, text in pages(rows).items():
+        (DOCS / name).write_text(text, encoding="utf-8")
     print(f"written: {', '.join(found)}" if found else "all were current")
     return 0
 

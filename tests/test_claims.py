@@ -1,0 +1,92 @@
+"""docs/claims.md: figures come from rows, bounds are judged, what was not measured has no figure."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("no benchmarks/: not a checkout", allow_module_level=True)
+sys.path.append(str(BENCHMARKS))
+
+import claims  # noqa: E402
+import figures  # noqa: E402
+import suite  # noqa: E402
+from figures import Found, Rows  # noqa: E402
+from tables import Result  # noqa: E402
+
+NOTHING = Rows([], [], [], [])
+
+
+def result(case: str, times: dict[str, float], **columns: str) -> Result:
+    """Of linear_preference_loss, p50 in ms by implementation, fastpo first."""
+    row = {
+        "op": "linear_preference_loss",
+        "case": case,
+        "mode": case.split("cpu ")[-1].split(",")[0],
+        "dtype": "float32",
+    }
+    row |= {"shape": "tokens=4 hidden=2 vocab=8 masked=0 budget=1", "floor_share": "", "peak_mib": "", **columns}
+    return Result(tuple({**row, "implementation": name, "p50_ms": str(ms)} for name, ms in times.items()))
+
+
+@pytest.mark.parametrize(
+    ("found", "bounds", "said"),
+    [
+        (Found(5.04, 12), {"least": 5}, "| it | at least 5x | 5.04x (12 points) | met |"),
+        (Found(4.96), {"least": 5}, "| it | at least 5x | 4.96x | **not met** |"),
+        (Found(0.2), {"most": 0.1, "unit": " ms"}, "| it | at most 0.1 ms | 0.2 ms | **not met** |"),
+        (None, {"least": 90, "unit": "%"}, "| it | at least 90% | | no row |"),
+    ],
+)
+def test_a_claim_is_judged_by_its_bound(found, bounds, said):
+    assert claims.Claim("it", lambda _: found, **bounds).line(NOTHING).startswith(said)
+
+
+def test_without_rows_nothing_has_a_figure():
+    for group in claims.CLAIMS.values():
+        assert all(claim.find(NOTHING) is None for claim in group)
+
+
+def test_every_claim_of_a_cpu_has_rows_and_every_command_exists():
+    rows = Rows.of()
+    for title, group in claims.CLAIMS.items():
+        for claim in group:
+            assert "GPU" in title or claim.find(rows) is not None, f"{claim.what}: run {claim.command}"
+            script = claim.command.split()[0]
+            assert script == "make" or (BENCHMARKS / script).is_file()
+    programs = {program.rows for program in suite.PROGRAMS["full"]}
+    assert programs == {"trees.csv", "tree_training.csv", "tree_host.csv", "tree_search.csv"}
+
+
+def test_of_several_points_and_peers_the_worst_counts():
+    points = [
+        result("cpu trained head", {"fastpo": 10, "fastpo, two phases": 5, "torch eager": 30, "trl": 25}),
+        result("cpu trained head", {"fastpo": 10, "torch eager": 21, "trl": 40}),
+        result("cpu trained head", {"fastpo": 10}),
+        result("cpu trained head, oneDNN", {"fastpo": 10, "trl": 1}),
+    ]
+    rows = Rows(points, [], [], [])
+    assert figures.against("linear_preference_loss", "cpu trained head", "", rows) == Found(2.1, 2)
+    assert figures.against("linear_preference_loss", "cpu trained head", "trl", rows) == Found(2.5, 2)
+    assert figures.share("linear_preference_loss", "cpu trained head", rows) is None
+
+
+def test_memory_of_a_head_is_judged_without_its_gradients():
+    gradients = 2 * (4 + 8) * 4 / 2**20
+    (alone,) = [result("cpu trained head, alone", {"fastpo": 10}, peak_mib=str(gradients + 3))]
+    assert figures.over_budget(Rows([alone], [], [], [])).value == pytest.approx(2)
+
+
+def test_seeds_and_iterations():
+    def row(arm, seed, *values):
+        return [{"arm": arm, "seed": seed, "accuracy": str(value)} for value in values]
+
+    task = row("irpo", "0", 0.1, 0.9, 0.8) + row("irpo", "1", 0.3, 0.5, 1.0) + row("more_sft", "0", 0.25)
+    search = row("mcts_dpo", "0", 0.2, 0.9) + row("irpo", "0", 0.2, 0.8) + row("mcts_dpo", "1", 0.2, 0.7)
+    rows = Rows([], [], [], [], task=task, task_search=search)
+    assert figures.irpo(lambda run: run[-1])(rows) == Found(90, 2)
+    assert figures.fall(rows).value == pytest.approx(10)
+    assert figures.supervised(rows).value == pytest.approx(65)
+    assert figures.seeds_won(rows) == Found(1)
