@@ -54,7 +54,7 @@ def p50(row: Row) -> float:
     return float(row["p50_ms"])
 
 
-def cases(results: Sequence[Result], op: str, case: str, **columns: str) -> list[Result]:
+def points(results: Sequence[Result], op: str, case: str, **columns: str) -> list[Result]:
     """Those of an op whose case is this one, and whose other columns begin so."""
     of_case = (r for r in results if (r.fastpo["op"], r.fastpo["case"]) == (op, case))
     return [r for r in of_case if all(r.fastpo[name].startswith(value) for name, value in columns.items())]
@@ -63,7 +63,7 @@ def cases(results: Sequence[Result], op: str, case: str, **columns: str) -> list
 def against(op: str, case: str, peer: str, rows: Rows, gpu: bool = False, **columns: str) -> Found | None:
     """How much longer the peers of that name take, at least; any peer for ""."""
     ratios = []
-    for result in cases(rows.gpu if gpu else rows.ops, op, case, **columns):
+    for result in points(rows.gpu if gpu else rows.ops, op, case, **columns):
         times = [p50(row) for row in result.peers if row["implementation"].startswith(peer)]
         ratios += [min(times) / p50(result.fastpo)] if times else []
     return worst(ratios)
@@ -71,13 +71,13 @@ def against(op: str, case: str, peer: str, rows: Rows, gpu: bool = False, **colu
 
 def share(op: str, case: str, rows: Rows, gpu: bool = False, **columns: str) -> Found | None:
     """Of the floor, in percent."""
-    found = cases(rows.gpu if gpu else rows.ops, op, case, **columns)
+    found = points(rows.gpu if gpu else rows.ops, op, case, **columns)
     return worst(100 * float(r.fastpo["floor_share"]) for r in found if r.fastpo["floor_share"])
 
 
 def tflops(case: str, rows: Rows, backward: bool = False) -> Found | None:
     """Of tree attention on a GPU: two products a visible pair forward, five backward (whose time is a difference)."""
-    forward, both = (cases(rows.gpu, "tree_attention", case, mode=mode) for mode in ("forward", "forward_backward"))
+    forward, both = (points(rows.gpu, "tree_attention", case, mode=mode) for mode in ("forward", "forward_backward"))
     forward = [result for result in forward if result.fastpo["mode"] == "forward"]
     if not forward or (backward and not both):
         return None
@@ -89,13 +89,13 @@ def tflops(case: str, rows: Rows, backward: bool = False) -> Found | None:
 
 def gib_over(case: str, rows: Rows) -> Found | None:
     """GiB of a fused head on a GPU beyond its gradients."""
-    return worst((extra_mib(r, 2) / 1024 for r in cases(rows.gpu, "linear_preference_loss", case)), most=True)
+    return worst((extra_mib(r, 2) / 1024 for r in points(rows.gpu, "linear_preference_loss", case)), most=True)
 
 
 def narrow(mode: str, rows: Rows) -> Found | None:
     """Time in bf16 over time in fp32."""
     name = f"llama3 {mode}"
-    both = [cases(rows.ops, "token_logprobs", name, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    both = [points(rows.ops, "token_logprobs", name, dtype=dtype) for dtype in ("bfloat16", "float32")]
     return worst(p50(a.fastpo) / p50(b.fastpo) for a, b in zip(*both, strict=False))
 
 
@@ -112,7 +112,7 @@ def sizes_of(result: Result) -> dict[str, int]:
 
 def heads(case: str, rows: Rows) -> list[Result]:
     """The points of the grid; what else has the case's name is of other sizes."""
-    return cases(rows.ops, "linear_preference_loss", case)
+    return points(rows.ops, "linear_preference_loss", case)
 
 
 def over_budget(rows: Rows) -> Found | None:

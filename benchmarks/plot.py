@@ -1,7 +1,8 @@
 """Draws results.csv and writes what README.md and docs/results.md say of it: ``python benchmarks/plot.py --readme``.
 
 In README.md everything between ``<!-- rows: NAME -->`` and ``<!-- /rows -->`` is written by this script: ``figure``,
-``table`` (the suite "quick"), ``workloads`` (the end-to-end programs), ``status`` (which op was measured where).
+``table`` (the suite "quick"), ``workloads`` (the end-to-end programs), ``status`` (which op was measured where), and
+the sentences of prose.py.
 docs/results.md holds every case, docs/claims.md every figure that was asked for. Without --readme it only says whether
 they are current (exit code 1 if not).
 """
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import claims  # noqa: E402
+import prose  # noqa: E402
 from measure import RESULTS, read  # noqa: E402
 from tables import Result, comparison, headlines, latest, status, where  # noqa: E402
 from workloads import tables  # noqa: E402
@@ -113,6 +115,7 @@ def blocks(rows: list[dict[str, str]]) -> dict[str, str]:
     """Name of a block of README.md -> its text."""
     cpu, gpu = latest(rows, gpu=False), latest(rows, gpu=True)
     found = {"figure": "", "table": "", "status": status(cpu, gpu) + "\n", "workloads": tables() or "No rows yet.\n"}
+    found |= {name: sentence(claims.Rows.of()) for name, sentence in prose.BLOCKS.items()}
     for results, name, device in ((cpu, "cpu", "CPU"), (gpu, "gpu", "GPU")):
         if shown := headlines(results, gpu=name == "gpu"):
             found["figure"] += f"![time, memory and share of the floor against peers on a {device}](docs/{name}.svg)\n"

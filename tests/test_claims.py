@@ -12,6 +12,7 @@ sys.path.append(str(BENCHMARKS))
 
 import claims  # noqa: E402
 import figures  # noqa: E402
+import prose  # noqa: E402
 import suite  # noqa: E402
 from figures import Found, Rows  # noqa: E402
 from tables import Result  # noqa: E402
@@ -90,3 +91,34 @@ def test_seeds_and_iterations():
     assert figures.fall(rows).value == pytest.approx(10)
     assert figures.supervised(rows).value == pytest.approx(65)
     assert figures.seeds_won(rows) == Found(1)
+
+
+def test_sentences_have_the_figures_of_the_rows():
+    assert set(prose.BLOCKS) and not any(sentence(NOTHING) for sentence in prose.BLOCKS.values())
+
+    def step(name, implementation, seconds):
+        columns = {"workload": name, "gemm": "oneDNN", "threads": "4"}
+        return {**columns, "implementation": implementation, "step_s": seconds}
+
+    runs = [{way: step(name, way, s) for way, s in times.items()} for name, times in STEPS.items()]
+    points = [
+        result("cpu trained head", {"fastpo": 10, "torch eager": 8}),
+        result("cpu frozen head", {"fastpo": 10, "trl": 11}),
+        result("cpu trained head, oneDNN", {"fastpo": 10, "trl": 9}, peak_mib="5"),
+    ]
+    rows = Rows(points, [], [], runs)
+    assert "takes **4.03 s against 21.6 s** for" in prose.training(rows) and "1.1 s against 30 s" in prose.training(
+        rows
+    )
+    slower = prose.losses(rows)
+    assert (
+        "- `linear_preference_loss`, trained head, fp32, tokens=4 hidden=2 vocab=8 budget=1: 0.80x torch eager"
+        in slower
+    )
+    assert slower.count("- `") == 1
+    assert "take 0.9 to 0.9 times the fused heads' time, in 1 to 1 times" in prose.like_for_like(rows).replace(
+        "\n", " "
+    )
+
+
+STEPS = {"A": {"fastpo": "4.033", "trl": "21.567"}, "B": {"fastpo": "1.1", "trl": "30"}}
