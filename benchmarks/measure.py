@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
@@ -24,12 +24,18 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
+    """The columns that every row of figures begins with: when, where and with what. ``machine`` fills them."""
+
     date: str
     commit: str
     device: str
     threads: int
     versions: str
+
+
+@dataclass(frozen=True)
+class Row(Measured):
     op: str
     case: str
     mode: str
@@ -160,7 +166,7 @@ def _status(key: str) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The columns of a row that say where and with what it was measured."""
+    """The columns of ``Measured``, by name."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
@@ -202,12 +208,14 @@ def _commit() -> str:
     return "unknown" if head is None else head + ("+" if changed else "")
 
 
-def append(rows: list[Row], path: Path = RESULTS) -> None:
-    """Adds rows to the append-only CSV."""
+def append(rows: Sequence[Measured], path: Path = RESULTS) -> None:
+    """Adds rows of one kind to an append-only CSV."""
+    if not rows:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
         if new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

@@ -12,12 +12,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from embedded_task import run
 from transformers.utils.logging import disable_progress_bar
 
 from fastpo.config import Config, read_recipe
-from fastpo.console import Display
 from fastpo.errors import FastpoError
-from fastpo.loop import train
 from fastpo.results import result_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,12 +48,6 @@ def warm_start(recipe: str, seed: int, runs: Path) -> Path:
         settings = {**keys, "output_dir": str(runs / name), "iterations": 0, "seed": seed, "eval_prompts": 1}
         run(Config.load("demo", tensorboard=False, **settings), f"{name}: {keys['warm_start_steps']} steps")
     return model
-
-
-def run(config: Config, title: str) -> None:
-    with Display() as display:
-        display.line(title)
-        train(config, display)
 
 
 def rows_of(recipe: str, seed: int, directory: Path) -> list[dict[str, Any]]:

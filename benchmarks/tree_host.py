@@ -14,13 +14,12 @@ Rows go to results/tree_host.csv. Takes some ten seconds on 4 quiet cores.
 """
 
 import argparse
-import csv
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from measure import machine, percentile  # noqa: E402
+from measure import Measured, append, machine, percentile  # noqa: E402
 from tree_data import Workload, pair_records, read_questions, search_workload, solutions_workload  # noqa: E402
 from tree_steps import VOCABULARY, build_model  # noqa: E402
 
@@ -47,12 +46,7 @@ HEADS, HEAD_SIZE = 8, 64  # of the attention that metadata is compared with: tho
 
 
 @dataclass(frozen=True)
-class Row:
-    date: str
-    commit: str
-    device: str
-    threads: int
-    versions: str
+class Row(Measured):
     figure: str
     case: str
     runs: int
@@ -91,10 +85,8 @@ def main() -> None:
         for figure, case, readings, unit in part:
             p20, p50, p80 = (float(f"{percentile(readings, share):.4g}") for share in (0.2, 0.5, 0.8))
             print(f"{figure}: {case}: {p50:g} {unit}", flush=True)
-            append(
-                Row(**where, figure=figure, case=case, runs=len(readings), p20=p20, p50=p50, p80=p80, unit=unit),
-                arguments.out,
-            )
+            row = Row(**where, figure=figure, case=case, runs=len(readings), p20=p20, p50=p50, p80=p80, unit=unit)
+            append([row], arguments.out)
 
 
 def seconds(run: Callable[[], object], times: int = 15) -> list[float]:
@@ -169,16 +161,6 @@ def losses(workload: Workload, sharing: bool) -> list[float]:
             log=lambda record: None,
         )
     return [record["loss"] for record in history]
-
-
-def append(row: Row, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
 
 
 if __name__ == "__main__":

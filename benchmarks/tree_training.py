@@ -14,13 +14,12 @@ results/tree_training.csv as each run ends. Takes some 6 minutes on 4 quiet core
 """
 
 import argparse
-import csv
 import os
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from datasets.utils import disable_progress_bars  # noqa: E402
-from measure import machine  # noqa: E402
+from measure import Measured, append, machine  # noqa: E402
 from transformers import PreTrainedModel, TrainerCallback  # noqa: E402
 from tree_data import Workload, pair_records, read_questions, solutions_workload  # noqa: E402
 from tree_steps import BETA, TRL_BUDGET, build_model, trl_batches  # noqa: E402
@@ -51,12 +50,7 @@ LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
-class Row:
-    date: str
-    commit: str
-    device: str
-    threads: int
-    versions: str
+class Row(Measured):
     workload: str
     data: str
     gemm: str  # oneDNN or default
@@ -137,7 +131,7 @@ def compare(workload: Workload, gemm: str, arguments: argparse.Namespace, where:
         )
         took = f"{row.step_s} s a step, {row.pairs_per_s} pairs/s; fastpo is {row.ratio} times as fast"
         print(f"{workload.name} {gemm} {name}: {took}; losses differ by {apart:.1e}", flush=True)
-        append(row, arguments.out)
+        append([row], arguments.out)
 
 
 def models(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -250,16 +244,6 @@ def run_trl(workload: Workload, arguments: argparse.Namespace) -> Run:
 
 def _gaps(stamps: list[float]) -> list[float]:
     return [b - a for a, b in pairwise(stamps)]
-
-
-def append(row: Row, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
 
 
 if __name__ == "__main__":

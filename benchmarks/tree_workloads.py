@@ -26,14 +26,13 @@ is that of all by their tokens; ``--ways fastpo paths dense`` leaves it out. One
 """
 
 import argparse
-import csv
 import ctypes
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 import tree_steps as ways  # noqa: E402
-from measure import machine, peak_memory, percentile  # noqa: E402
+from measure import Measured, append, machine, peak_memory, percentile  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from tree_data import Workload, read_questions, search_workload, solutions_workload  # noqa: E402
@@ -60,12 +59,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "trees.csv"
 
 
 @dataclass(frozen=True)
-class Row:
-    date: str
-    commit: str
-    device: str
-    threads: int
-    versions: str
+class Row(Measured):
     vocabulary: int
     layers: int
     workload: str
@@ -336,16 +330,6 @@ def peak(run: Callable[[], object]) -> float:
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     return peak_memory(lambda _: run(), None, "cpu")
-
-
-def append(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def table(rows: list[Row]) -> Table:

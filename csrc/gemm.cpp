@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "gemm.h"
+#include "tensors.h"
 #define FASTPO_TARGET_INCLUDE "gemm_kernel.h"
 #include "simd_targets.h"
 
@@ -38,19 +39,7 @@ struct Kernels {
 #define FASTPO_KERNELS(isa) \
   Kernels { isa::kTileRows, isa::kTileColumns, isa::pack_left, isa::pack_right, isa::multiply_block }
 
-Kernels kernels() {
-#if FASTPO_X86
-  switch (pick_isa()) {
-    case Isa::avx512:
-      return FASTPO_KERNELS(avx512);
-    case Isa::avx2:
-      return FASTPO_KERNELS(avx2);
-    case Isa::generic:
-      break;
-  }
-#endif
-  return FASTPO_KERNELS(generic);
-}
+Kernels kernels() { return FASTPO_PICK(FASTPO_KERNELS); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -74,12 +63,8 @@ struct Scratch {
 };
 
 Matrix matrix(const Tensor& tensor, const char* name) {
-  const auto type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  " should be float32, bfloat16 or float16");
   STD_TORCH_CHECK(tensor.stride(0) == 1 || tensor.stride(1) == 1, name, " should have a stride of 1");
-  const Type of = type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
-  return {of, tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
+  return {type_of(tensor, name), tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
 // A range of panels out of count that are dealt out evenly to parts.

@@ -13,13 +13,13 @@
 #include "huge_pages.h"
 #include "linear_token_logprobs.h"
 #include "parallel.h"
+#include "tensors.h"
 #define FASTPO_TARGET_INCLUDE "linear_token_logprobs_kernel.h"
 #include "simd_targets.h"
 
 namespace fastpo {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Kernels {
@@ -37,36 +37,7 @@ struct Kernels {
         isa::narrow_row_kernel, isa::scale_row, isa::add_scaled_dispatch                                          \
   }
 
-Kernels kernels() {
-#if FASTPO_X86
-  switch (pick_isa()) {
-    case Isa::avx512:
-      return FASTPO_KERNELS(avx512);
-    case Isa::avx2:
-      return FASTPO_KERNELS(avx2);
-    case Isa::generic:
-      break;
-  }
-#endif
-  return FASTPO_KERNELS(generic);
-}
-
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Type::float32;
-    case ScalarType::BFloat16:
-      return Type::bfloat16;
-    default:
-      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half, "a tile should be float32, bfloat16 or float16");
-      return Type::float16;
-  }
-}
-
-template <class T = float>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
+Kernels kernels() { return FASTPO_PICK(FASTPO_KERNELS); }
 
 TileHead tile_head(const std::optional<Tensor>& bias, double scale, double softcap) {
   return {bias ? data(*bias) : nullptr, static_cast<float>(scale), static_cast<float>(softcap)};
@@ -166,7 +137,7 @@ void forward_op(const Tensor z, const std::optional<Tensor> out, const std::opti
     state.add(tile);
     if (out) where.each(row, [&](int64_t, int64_t column, bool) { y[column] = 0; });
   };
-  const auto narrow = kept ? kernel.narrow(type_of(*kept)) : nullptr;
+  const auto narrow = kept ? kernel.narrow(type_of(*kept, "kept")) : nullptr;
   for_each_task(rows, rows * width, [&](int64_t row) {
     of_row(row);
     if (!kept) return;
@@ -197,7 +168,7 @@ void finish_op(const Tensor product, const Tensor factor, const Tensor starts, c
   const int64_t rows = product.size(0), size = product.size(1), stride = weight.stride(0);
   const Labels where(starts, labels, 0, weight.size(0));
   const Kernels kernel = kernels();
-  const Type type = type_of(weight);
+  const Type type = type_of(weight, "weight");
   const int64_t element = static_cast<int64_t>(type == Type::float32 ? 4 : 2);
   for_each_task(rows, rows * size, [&](int64_t row) {
     float* d = data(out) + row * out.stride(0);

@@ -32,19 +32,9 @@ constexpr int64_t kTupleWork = 2;  // what a member of a tuple costs, in tokens
 constexpr int64_t kStretch = 64;  // sequences that a thread takes at a time
 constexpr int64_t kThreadTokens = 16384;  // fewer are not worth a thread
 
-PreferenceKernels kernels() {
-#if FASTPO_X86
-  switch (pick_isa()) {
-    case Isa::avx512:
-      return avx512::preference_kernels();
-    case Isa::avx2:
-      return avx2::preference_kernels();
-    case Isa::generic:
-      break;
-  }
-#endif
-  return generic::preference_kernels();
-}
+#define FASTPO_KERNELS(isa) isa::preference_kernels()
+
+PreferenceKernels kernels() { return FASTPO_PICK(FASTPO_KERNELS); }
 
 template <class T>
 const T* data(const OptionalTensor& tensor) {

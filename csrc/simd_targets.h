@@ -101,3 +101,11 @@ inline Isa pick_isa() {
 }
 
 }  // namespace fastpo
+
+// of(isa), isa being the namespace that this processor takes; ``of`` is a macro.
+#if FASTPO_X86
+#define FASTPO_PICK(of) \
+  (pick_isa() == Isa::avx512 ? of(avx512) : pick_isa() == Isa::avx2 ? of(avx2) : of(generic))
+#else
+#define FASTPO_PICK(of) of(generic)
+#endif

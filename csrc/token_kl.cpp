@@ -11,6 +11,7 @@
 
 #include "huge_pages.h"
 #include "parallel.h"
+#include "tensors.h"
 #include "token_kl.h"
 #define FASTPO_TARGET_INCLUDE "token_kl_kernel.h"
 #include "simd_targets.h"
@@ -21,19 +22,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-KlKernels kernels() {
-#if FASTPO_X86
-  switch (pick_isa()) {
-    case Isa::avx512:
-      return avx512::kl_kernels();
-    case Isa::avx2:
-      return avx2::kl_kernels();
-    case Isa::generic:
-      break;
-  }
-#endif
-  return generic::kl_kernels();
-}
+#define FASTPO_KERNELS(isa) isa::kl_kernels()
+
+KlKernels kernels() { return FASTPO_PICK(FASTPO_KERNELS); }
 
 // Two matrices [R, V] of one type with unit last strides.
 struct Models {
@@ -43,9 +34,7 @@ struct Models {
   int64_t x_stride, ref_stride;  // bytes
 
   Models(const Tensor& x, const Tensor& ref)
-      : type(x.scalar_type() == ScalarType::Float ? Type::float32
-                 : x.scalar_type() == ScalarType::BFloat16 ? Type::bfloat16
-                                                           : Type::float16),
+      : type(type_of(x, "logits")),
         rows(x.size(0)),
         width(x.size(1)),
         element(static_cast<int64_t>(x.element_size())),
@@ -53,7 +42,6 @@ struct Models {
         ref(static_cast<const char*>(ref.const_data_ptr())),
         x_stride(x.stride(0) * element),
         ref_stride(ref.stride(0) * element) {
-    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "float64 is handled in plain PyTorch");
     STD_TORCH_CHECK(x.scalar_type() == ref.scalar_type(), "both logits should have one type here");
   }
 };

@@ -11,6 +11,7 @@
 
 #include "huge_pages.h"
 #include "parallel.h"
+#include "tensors.h"
 #include "token_logprobs.h"
 #define FASTPO_TARGET_INCLUDE "token_logprobs_kernel.h"
 #include "simd_targets.h"
@@ -18,7 +19,6 @@
 namespace fastpo {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kThreadWork = 4;  // elements here cost a fourth of those that for_each_task counts
@@ -31,31 +31,10 @@ struct Kernels {
   void (*elementary)(const float* x, float* out, int64_t n, int64_t which);
 };
 
-Kernels kernels() {
-#if FASTPO_X86
-  switch (pick_isa()) {
-    case Isa::avx512:
-      return {avx512::sums_kernel, avx512::grad_kernel, avx512::softcap_one<true>, avx512::elementary};
-    case Isa::avx2:
-      return {avx2::sums_kernel, avx2::grad_kernel, avx2::softcap_one<true>, avx2::elementary};
-    case Isa::generic:
-      break;
-  }
-#endif
-  return {generic::sums_kernel, generic::grad_kernel, generic::softcap_one<true>, generic::elementary};
-}
+#define FASTPO_KERNELS(isa) \
+  Kernels { isa::sums_kernel, isa::grad_kernel, isa::softcap_one<true>, isa::elementary }
 
-Type type_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Type::float32;
-    case ScalarType::BFloat16:
-      return Type::bfloat16;
-    default:
-      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Half, "logits should be float32, bfloat16 or float16");
-      return Type::float16;
-  }
-}
+Kernels kernels() { return FASTPO_PICK(FASTPO_KERNELS); }
 
 float as_float(const char* element, Type type) {
   if (type == Type::float32) return *reinterpret_cast<const float*>(element);
@@ -107,7 +86,7 @@ struct Input {
   Input(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& temperatures, double temperature,
         double softcap, int64_t ignore_index)
       : rows(logits),
-        type(type_of(logits)),
+        type(type_of(logits, "logits")),
         width(static_cast<int64_t>(logits.element_size())),
         count(labels.numel()),
         vocab(logits.size(2)),

@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "parallel.h"
+#include "tensors.h"
 #include "tree_attention.h"
 #include "user_error.h"
 #define FASTPO_TARGET_INCLUDE "tree_attention_kernel.h"
@@ -22,7 +23,6 @@
 namespace fastpo {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Kernels {
@@ -35,36 +35,7 @@ struct Kernels {
 #define FASTPO_KERNELS(isa) \
   Kernels { isa::forward_chunk, isa::backward_chunk, isa::forward_floats, isa::backward_floats, isa::count_pairs }
 
-Kernels kernels() {
-#if FASTPO_X86
-  switch (pick_isa()) {
-    case Isa::avx512:
-      return FASTPO_KERNELS(avx512);
-    case Isa::avx2:
-      return FASTPO_KERNELS(avx2);
-    case Isa::generic:
-      break;
-  }
-#endif
-  return FASTPO_KERNELS(generic);
-}
-
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Type::float32;
-    case ScalarType::BFloat16:
-      return Type::bfloat16;
-    default:
-      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half, "q should be float32, bfloat16 or float16");
-      return Type::float16;
-  }
-}
-
-template <class T = float>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
+Kernels kernels() { return FASTPO_PICK(FASTPO_KERNELS); }
 
 Heads heads(const Tensor& tensor) {
   const int64_t element = static_cast<int64_t>(tensor.element_size());
@@ -89,7 +60,7 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.scale = static_cast<float>(scale);
   a.softcap = static_cast<float>(softcap);
   a.window = window;
-  a.type = type_of(q);
+  a.type = type_of(q, "q");
   return a;
 }
 
