@@ -244,9 +244,7 @@ def _run(name: str, argv: list[str]) -> int:
         if argv in (["--help"], ["-h"]):
             print(info.__doc__)
             return 0
-        if argv:
-            raise FastpoError(f"info takes no arguments, not {argv[0]}")
-        return info.main() or 0
+        return info.main(argv)
     from fastpo import commands
 
     if name not in commands.COMMANDS:

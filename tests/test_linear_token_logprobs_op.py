@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpo import info
 from fastpo.dispatch import extension_missing
 from fastpo.kernels.linear_token_logprobs import gemm, linear_token_logprobs, plan, planning
 from fastpo.kernels.linear_token_logprobs.op import OP
@@ -293,13 +292,6 @@ def test_the_plan_in_words():
     trained = plan(8192, 128256, 4096, dtype=torch.bfloat16, device="cuda")
     assert "F for logits again that memory_budget does not hold" in str(trained)
     assert trained.bytes == trained.state_bytes + trained.tile_bytes + trained.kept_bytes
-
-
-def test_info_says_what_a_head_costs():
-    assert [(mode, gemms) for mode, gemms, _, _ in info.head_rows()][:2] == [
-        ("no gradient", "1.00F"),
-        ("frozen head", "2.00F"),
-    ]
 
 
 def test_the_backends_in_order():
