@@ -93,14 +93,23 @@ def pair_records(workload: Workload) -> list[PairRecord]:
 
 
 def search_workload(
-    widths: Sequence[int], vocabulary: int, *, prompt_tokens: int = 128, steps: bool = False
+    widths: Sequence[int], vocabulary: int, *, number: int = 1, prompt_tokens: int = 128, steps: bool = False
 ) -> Workload:
-    """A search tree with steps of 32-128 random tokens, and one pair of siblings below each node.
+    """``number`` search trees with steps of 32-128 random tokens, and one pair of siblings below each node.
 
     A path counts from the prompt on, as an NLL on partial solutions has it; with ``steps`` its last step alone counts,
     as MCTS-DPO has it: then the LM head has nothing to share but branches.
     """
     draw = random.Random(0)
+    made = [_search_tree(widths, vocabulary, prompt_tokens, steps, draw) for _ in range(number)]
+    trees, starts, pairs = (list(parts) for parts in zip(*made, strict=True))
+    return Workload("C " + "-".join(map(str, widths)) + " steps" * steps, trees, starts, pairs)
+
+
+def _search_tree(
+    widths: Sequence[int], vocabulary: int, prompt_tokens: int, steps: bool, draw: random.Random
+) -> tuple[list[list[int]], list[int], list[tuple[int, int]]]:
+    """Sequences, where they count from, and pairs of one tree."""
     sequences: list[list[int]] = []
     starts: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -116,7 +125,7 @@ def search_workload(
             starts += [len(parent) if steps else prompt_tokens] * 2
             below += children
         level = below
-    return Workload("C " + "-".join(map(str, widths)) + " steps" * steps, [sequences], [starts], [pairs])
+    return sequences, starts, pairs
 
 
 def _response(tokenizer, text: str) -> list[int]:

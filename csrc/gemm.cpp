@@ -106,6 +106,13 @@ void in_two_phases(int64_t firsts, const First& first, int64_t seconds, const Se
   torch::stable::parallel_for(0, threads, 1, run);
 }
 
+// Whether the left operand need not be packed: its rows are read as fast unless their lines compete for the same places of
+// the first-level cache, being whole pages apart.
+bool readable_in_place(const Matrix& a) {
+  constexpr int64_t kPage = 4096 / sizeof(float);
+  return a.type == Type::float32 && a.column == 1 && a.row > 0 && a.row % kPage != 0;
+}
+
 // c (+)= a b with b [depth, columns] small enough to be packed at once.
 void multiply(const Matrix& a, const Matrix& b, int64_t rows, int64_t depth, int64_t columns, const Target& c,
               const Kernels& kernel) {
@@ -132,9 +139,16 @@ void multiply(const Matrix& a, const Matrix& b, int64_t rows, int64_t depth, int
     Target to = c.at(i, j);
     for (int64_t t = 0; t < depth; t += step) {
       const int64_t deep = std::min(step, depth - t);
-      kernel.pack_left(a.at(i, t), height, deep, left);
       const float* const panels = right + of_columns.first * right_panel + t * kernel.columns;
-      kernel.multiply(left, panels, right_panel, deep, height, width, to);
+      const int64_t in_place = readable_in_place(a) ? height / kernel.rows * kernel.rows : 0;
+      if (in_place > 0) {
+        const Left rows_of{static_cast<const float*>(a.at(i, t).data), a.row};
+        kernel.multiply(rows_of, panels, right_panel, deep, in_place, width, to);
+      }
+      if (in_place < height) {
+        kernel.pack_left(a.at(i + in_place, t), height - in_place, deep, left);
+        kernel.multiply({left, 0}, panels, right_panel, deep, height - in_place, width, to.at(in_place, 0));
+      }
       to.into = Into::add;
     }
   };

@@ -19,6 +19,12 @@ struct Matrix {
   }
 };
 
+// Rows of the left operand as they are multiplied: packed (row 0), or whole tiles of them where they lie.
+struct Left {
+  const float* data;
+  int64_t row;  // stride
+};
+
 // What a product is written to: c = ab, c += ab, or c = decay c + ab.
 enum class Into { write, add, decayed };
 

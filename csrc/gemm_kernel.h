@@ -8,7 +8,7 @@
 //   left   panels of kTileRows rows: [panels, depth, kTileRows]
 //   right  panels of kTileColumns columns: [panels, depth, kTileColumns]
 //
-// Edges are filled with zeros. Each element of the result is one sum over the depth in order, whoever computes it.
+// The left one is read where it lies if that is as fast. Edges are filled with zeros. Each element of the result is one sum over the depth in order, whoever computes it.
 
 namespace fastpo::FASTPO_ISA {
 
@@ -156,9 +156,9 @@ static void pack_right(const Matrix& b, int64_t columns, int64_t depth, float* t
 
 constexpr int64_t kAhead = 48;  // steps before its end at which a tile's place is brought into the cache
 
-// One tile of the result, whole.
-template <Into INTO>
-static void multiply_tile(const float* left, const float* right, int64_t depth, const Target& c) {
+// One tile of the result, whole; left packed, or rows that lie left_row floats apart.
+template <Into INTO, bool PACKED>
+static void multiply_tile(const float* left, int64_t left_row, const float* right, int64_t depth, const Target& c) {
   Vf sum[kTileRows][kTileVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
@@ -166,7 +166,7 @@ static void multiply_tile(const float* left, const float* right, int64_t depth, 
     for (int p = 0; p < kTileVectors; ++p) sum[i][p] = set(0.f);
   }
   const auto multiply_add = [&](int64_t steps) __attribute__((always_inline)) {
-    for (int64_t t = 0; t < steps; ++t, left += kTileRows, right += kTileColumns) {
+    for (int64_t t = 0; t < steps; ++t, left += PACKED ? kTileRows : 1, right += kTileColumns) {
       Vf b[kTileVectors];
 #pragma GCC unroll 4
       for (int p = 0; p < kTileVectors; ++p) {
@@ -175,7 +175,7 @@ static void multiply_tile(const float* left, const float* right, int64_t depth, 
       }
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
-        const Vf a = set(left[i]);
+        const Vf a = set(left[PACKED ? i : i * left_row]);
 #pragma GCC unroll 4
         for (int p = 0; p < kTileVectors; ++p) sum[i][p] = fma(a, b[p], sum[i][p]);
       }
@@ -200,40 +200,53 @@ static void multiply_tile(const float* left, const float* right, int64_t depth, 
   }
 }
 
+FASTPO_INLINE float fma_of(float a, float b, float c) {
+  float lanes[W];
+  store(lanes, fma(set(a), set(b), set(c)));
+  return lanes[0];
+}
+
 // One at the edge, [rows, columns]: by way of a whole one.
-template <Into INTO>
-static void multiply_edge(const float* left, const float* right, int64_t depth, const Target& c, int64_t rows,
-                          int64_t columns) {
+template <Into INTO, bool PACKED>
+static void multiply_edge(const float* left, int64_t left_row, const float* right, int64_t depth, const Target& c,
+                          int64_t rows, int64_t columns) {
   float tile[kTileRows * kTileColumns];
-  multiply_tile<Into::write>(left, right, depth, {tile, kTileColumns, nullptr, Into::write});
+  multiply_tile<Into::write, PACKED>(left, left_row, right, depth, {tile, kTileColumns, nullptr, Into::write});
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       float& to = c.data[i * c.row + j];
       const float value = tile[i * kTileColumns + j];
-      to = INTO == Into::write ? value : INTO == Into::add ? to + value : __builtin_fmaf(to, c.decay[i], value);
+      to = INTO == Into::write ? value : INTO == Into::add ? to + value : fma_of(to, c.decay[i], value);
     }
   }
 }
 
-// Packed left [rows, depth] times packed right [depth, columns], whose panels lie right_panel floats apart.
-template <Into INTO>
-static void multiply_block_into(const float* left, const float* right, int64_t right_panel, int64_t depth, int64_t rows,
-                                int64_t columns, const Target& c) {
+// Left [rows, depth] times packed right [depth, columns], whose panels lie right_panel floats apart.
+template <Into INTO, bool PACKED>
+static void multiply_block_of(const Left& left, const float* right, int64_t right_panel, int64_t depth, int64_t rows,
+                              int64_t columns, const Target& c) {
   for (int64_t j = 0; j < columns; j += kTileColumns, right += right_panel) {
     for (int64_t i = 0; i < rows; i += kTileRows) {
-      const float* panel = left + i * depth;
+      const float* const panel = left.data + i * (PACKED ? depth : left.row);
       if (rows - i >= kTileRows && columns - j >= kTileColumns) {
-        multiply_tile<INTO>(panel, right, depth, c.at(i, j));
+        multiply_tile<INTO, PACKED>(panel, left.row, right, depth, c.at(i, j));
         continue;
       }
       const int64_t height = rows - i < kTileRows ? rows - i : kTileRows;
       const int64_t width = columns - j < kTileColumns ? columns - j : kTileColumns;
-      multiply_edge<INTO>(panel, right, depth, c.at(i, j), height, width);
+      multiply_edge<INTO, PACKED>(panel, left.row, right, depth, c.at(i, j), height, width);
     }
   }
 }
 
-static void multiply_block(const float* left, const float* right, int64_t right_panel, int64_t depth, int64_t rows,
+template <Into INTO>
+static void multiply_block_into(const Left& left, const float* right, int64_t right_panel, int64_t depth, int64_t rows,
+                                int64_t columns, const Target& c) {
+  if (left.row == 0) return multiply_block_of<INTO, true>(left, right, right_panel, depth, rows, columns, c);
+  multiply_block_of<INTO, false>(left, right, right_panel, depth, rows, columns, c);
+}
+
+static void multiply_block(const Left& left, const float* right, int64_t right_panel, int64_t depth, int64_t rows,
                            int64_t columns, const Target& c) {
   switch (c.into) {
     case Into::write:
