@@ -14,7 +14,10 @@ from fastpo.kernels.tree_attention.triton_forward import (
     PARTIAL,
     PRECISION,
     block_state,
+    depths,
+    keys_seen,
     load_rows,
+    reach,
     rows_of,
     scored,
     store_rows,
@@ -70,11 +73,7 @@ def _queries_step(
     s = scored(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
     see = present[None, :]
     if MASKED:
-        key_end = tl.load(end_ptr + key, mask=present, other=0)
-        key_depth = tl.zeros_like(key)
-        if window is not None:
-            key_depth = tl.load(depth_ptr + key, mask=present, other=0)
-        see = visible(token[:, None], token_depth[:, None], key[None, :], key_end[None, :], key_depth[None, :], window)
+        see = keys_seen(token, token_depth, key, present, end_ptr, depth_ptr, window)
     v = load_rows(v_ptr, key, head, v_strides[0], v_strides[1], present, D, BLOCK_D)
     grad_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     _, ds = _slopes(s, see, grad_p, logsumexp[:, None], delta[:, None], softcap, MASKED)
@@ -117,12 +116,9 @@ def queries_kernel(
     at = q_head.to(tl.int64) * tokens + token
     logsumexp = tl.load(logsumexp_ptr + at, mask=present, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + at, mask=present, other=0.0)
-    depth = tl.zeros_like(token)
-    if window is not None:
-        depth = tl.load(depth_ptr + token, mask=present, other=0)
-    first = (tile * BLOCK_M // GROUP).to(tl.int32)
-    last = tl.minimum(tl.max(token, 0), tokens - 1)
-    rows = (first, last, tl.min(tl.where(present, depth, 2147483647), 0), tl.max(depth, 0), window)
+    depth = depths(depth_ptr, token, present, window)
+    first, last, shallow, deep = reach(tile, token, depth, present, tokens, GROUP, BLOCK_M)
+    rows = (first, last, shallow, deep, window)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     WINDOW: tl.constexpr = window is not None
@@ -162,9 +158,7 @@ def _keys_step(
     s = scored(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap)
     see = present[None, :]
     if MASKED:
-        depth = tl.zeros_like(token)
-        if window is not None:
-            depth = tl.load(depth_ptr + token, mask=present, other=0)
+        depth = depths(depth_ptr, token, present, window)
         see = visible(token[None, :], depth[None, :], key[:, None], key_end[:, None], key_depth[:, None], window)
     g = load_rows(grad_out_ptr, token, q_head, grad_out_strides[0], grad_out_strides[1], present, D, BLOCK_D)
     delta = tl.load(delta_ptr + at, mask=present, other=0.0)
@@ -210,9 +204,7 @@ def keys_kernel(
     k = load_rows(k_ptr, key, head, k_strides[0], k_strides[1], present, D, BLOCK_D)
     v = load_rows(v_ptr, key, head, v_strides[0], v_strides[1], present, D, BLOCK_D)
     key_end = tl.load(end_ptr + key, mask=present, other=0)
-    key_depth = tl.zeros_like(key)
-    if window is not None:
-        key_depth = tl.load(depth_ptr + key, mask=present, other=0)
+    key_depth = depths(depth_ptr, key, present, window)
 
     # Queries first .. last see some of the keys, full_first .. full_last all of them. In tiles of rows:
     column = block * BLOCK_N // BLOCK

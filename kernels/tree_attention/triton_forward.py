@@ -46,6 +46,22 @@ def rows_of(tile, tokens, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def depths(depth_ptr, token, present, window):
+    """Of tokens [BLOCK]; 0 where no window asks for them."""
+    if window is not None:
+        return tl.load(depth_ptr + token, mask=present, other=0)
+    return tl.zeros_like(token)
+
+
+@triton.jit
+def reach(tile, token, depth, present, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """First and last token, least and largest depth of the rows of a tile: what ``block_state`` asks."""
+    first = (tile * BLOCK_M // GROUP).to(tl.int32)
+    last = tl.minimum(tl.max(token, 0), tokens - 1)
+    return first, last, tl.min(tl.where(present, depth, 2147483647), 0), tl.max(depth, 0)
+
+
+@triton.jit
 def load_rows(ptr, token, head, token_stride, head_stride, present, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK, BLOCK_D] of a tensor [N, heads, D]; 0 where there is none."""
     dims = tl.arange(0, BLOCK_D)
@@ -74,6 +90,14 @@ def visible(query, query_depth, key, key_end, key_depth, window):
 
 
 @triton.jit
+def keys_seen(token, token_depth, key, present, end_ptr, depth_ptr, window):
+    """[rows, keys] whether each row sees each key; ``present``: of keys."""
+    key_end = tl.load(end_ptr + key, mask=present, other=0)
+    key_depth = depths(depth_ptr, key, present, window)
+    return visible(token[:, None], token_depth[:, None], key[None, :], key_end[None, :], key_depth[None, :], window)
+
+
+@triton.jit
 def scored(product, scale, softcap):
     """Scores in units of log 2 from q @ k."""
     if softcap is not None:
@@ -92,11 +116,7 @@ def _step(
     k = load_rows(k_ptr, key, head, k_strides[0], k_strides[1], present, D, BLOCK_D)
     s = scored(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
     if MASKED:
-        key_end = tl.load(end_ptr + key, mask=present, other=0)
-        key_depth = tl.zeros_like(key)
-        if window is not None:
-            key_depth = tl.load(depth_ptr + key, mask=present, other=0)
-        see = visible(token[:, None], token_depth[:, None], key[None, :], key_end[None, :], key_depth[None, :], window)
+        see = keys_seen(token, token_depth, key, present, end_ptr, depth_ptr, window)
         s = tl.where(see, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     finite = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -138,12 +158,9 @@ def forward_kernel(
     head = tl.program_id(1)
     token, q_head, present = rows_of(tile, tokens, head, GROUP, BLOCK_M)
     q = load_rows(q_ptr, token, q_head, q_strides[0], q_strides[1], present, D, BLOCK_D)
-    depth = tl.zeros_like(token)
-    if window is not None:
-        depth = tl.load(depth_ptr + token, mask=present, other=0)
-    first = (tile * BLOCK_M // GROUP).to(tl.int32)
-    last = tl.minimum(tl.max(token, 0), tokens - 1)
-    rows = (first, last, tl.min(tl.where(present, depth, 2147483647), 0), tl.max(depth, 0), window)
+    depth = depths(depth_ptr, token, present, window)
+    first, last, shallow, deep = reach(tile, token, depth, present, tokens, GROUP, BLOCK_M)
+    rows = (first, last, shallow, deep, window)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
