@@ -51,6 +51,8 @@ bench-all: setup
 	$(PY) benchmarks/embedded_task.py
 	$(PY) benchmarks/embedded_search.py
 	$(PY) benchmarks/kill_resume.py
+	$(PY) benchmarks/demo.py
+	$(if $(DATA),$(PY) benchmarks/reward_agreement.py --data $(DATA)/model_solutions.jsonl)
 	$(PY) benchmarks/recipe_runs.py
 	$(PY) benchmarks/plot.py --readme
 

@@ -45,7 +45,7 @@ LOGPS, LOSS, FUSED, HEAD = "token_logprobs", "preference_loss", "linear_preferen
 ANSWERS = "one prompt, 8 answers"
 L3 = {"dtype": "float32"}
 HEADLINE = "fp32, 512 x 128256"
-TASK, TASK_SEARCH = "embedded_task.py", "embedded_search.py"
+DEMO, TASK, TASK_SEARCH = "demo.py", "embedded_task.py", "embedded_search.py"
 on_gpu = partial(Claim, unit="%", command=GPU)
 CLAIMS: dict[str, tuple[Claim, ...]] = {
     "Token log-probs and preference losses": (
@@ -186,6 +186,26 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("IRPO: over as much compute on supervision", figures.supervised, 0, unit=" points", command=TASK),
         Claim(
             "MCTS-DPO: seeds above IRPO on as many sampled tokens", figures.seeds_won, 2, unit="", command=TASK_SEARCH
+        ),
+    ),
+    "The whole": (
+        Claim(
+            "`make demo` after set-up", lambda rows: rows.fact("demo.py", "seconds"), most=360, unit=" s", command=DEMO
+        ),
+        Claim("its last accuracy", lambda rows: rows.fact("demo.py", "accuracy 3"), 90, unit="%", command=DEMO),
+        Claim(
+            "SIGKILLs after which every artefact is identical",
+            lambda rows: rows.fact("kill_resume.py", "kills"),
+            20,
+            unit="",
+            command="kill_resume.py --kills 20",
+        ),
+        Claim(
+            "`math` reward, agreement with labels of GSM8K solutions",
+            lambda rows: rows.fact("reward_agreement.py", "agreement"),
+            99,
+            unit="%",
+            command="reward_agreement.py",
         ),
     ),
     "On a GPU (bf16, shares of the measured ceilings)": (

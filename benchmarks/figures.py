@@ -9,6 +9,9 @@ import workloads
 from measure import RESULTS, read
 from tables import Result, Row, latest
 
+# Files of results/ that are kept row by row, in the order of the last fields of Rows.
+OTHERS = ("tree_host", "tree_search", "embedded_task", "embedded_search", "facts")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -28,6 +31,12 @@ class Rows:
     search: list[Row] = field(default_factory=list)
     task: list[Row] = field(default_factory=list)  # the embedded task's models
     task_search: list[Row] = field(default_factory=list)
+    facts: list[Row] = field(default_factory=list)
+
+    def fact(self, program: str, figure: str) -> Found | None:
+        """Of the last run of a program that has no table of its own."""
+        of_it = [row for row in self.facts if (row["program"], row["figure"]) == (program, figure)]
+        return Found(float(of_it[-1]["value"])) if of_it else None
 
     @staticmethod
     def of(folder: Path = RESULTS.parent) -> "Rows":
@@ -37,10 +46,7 @@ class Rows:
             latest(results, gpu=True),
             workloads.latest(read(folder / trees.file), trees),
             workloads.latest(read(folder / training.file), training),
-            *(
-                read(folder / f"{name}.csv")
-                for name in ("tree_host", "tree_search", "embedded_task", "embedded_search")
-            ),
+            *(read(folder / f"{name}.csv") for name in OTHERS),
         )
 
 

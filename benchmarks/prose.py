@@ -55,6 +55,20 @@ def task(rows: Rows) -> str:
     )
 
 
+def demo(rows: Rows) -> str:
+    """``make demo``."""
+    accuracies = [rows.fact("demo.py", f"accuracy {k}") for k in range(4)]
+    seconds = rows.fact("demo.py", "seconds")
+    if seconds is None or accuracies[0] is None or accuracies[3] is None:
+        return ""
+    threads = next(row["threads"] for row in reversed(rows.facts) if row["program"] == "demo.py")
+    return paragraph(
+        f"On {threads} CPU cores the demo takes {seconds.value:.0f} seconds: three IRPO iterations take",
+        f"greedy accuracy on 500 held-out problems from {accuracies[0].value:.1f}% to {accuracies[3].value:.1f}%",
+        "(`python benchmarks/demo.py`).",
+    )
+
+
 def losses(rows: Rows) -> str:
     """Every case in which a peer is faster, everyone on torch as it is installed."""
     default = (r for r in rows.ops if not r.fastpo["case"].endswith(("oneDNN", "alone")))
@@ -89,4 +103,11 @@ def like_for_like(rows: Rows) -> str:
     )
 
 
-BLOCKS = {"training": training, "search": search, "task": task, "losses": losses, "like_for_like": like_for_like}
+BLOCKS = {
+    "training": training,
+    "demo": demo,
+    "search": search,
+    "task": task,
+    "losses": losses,
+    "like_for_like": like_for_like,
+}
