@@ -1,5 +1,6 @@
 """Every shipped recipe, end to end on a tiny budget, from one warm start that all share: two iterations each."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 from fastpo import cli
 from fastpo.artifacts import read_json, read_jsonl
+from fastpo.checks import check_given
+from fastpo.commands import COMMANDS
 from fastpo.config import read_recipe
 from fastpo.methods import RECIPES as RECIPES_OF
 from fastpo.results import result_rows
@@ -90,6 +93,18 @@ def test_every_recipe_is_of_a_method():
 def test_the_header_says_how_to_run_it(name):
     header = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert "fastpo " in header and header.startswith("# ")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_commands_of_the_header_are_taken(name):
+    """No flag in them is unknown, or does nothing in that recipe."""
+    header = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
+    text = re.sub(r"^# ?", "", header, flags=re.MULTILINE).replace("\\\n", "")
+    commands = re.findall(r"fastpo (train|demo)\b([^#`;\n]*)", text)
+    assert commands
+    for command, flags in commands:
+        config, arguments = cli.parse(COMMANDS[command], flags.replace("...", "").split())
+        check_given(config, arguments.given)
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
