@@ -17,7 +17,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -25,9 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 # The ops whose rows are wanted most; others follow.
 FIRST = ("token_logprobs", "linear_token_logprobs", "linear_preference_loss", "tree_attention")
-SANITIZED = "small"  # the GPU tests that compute-sanitizer is quick enough for have this word in their name
+LARGE = "more_than_2_to_the_31"  # the GPU tests that take tens of GB: one after another, in one process
+# The GPU tests that compute-sanitizer is quick enough for have "small" in their name; torch's own kernels are not ours.
+SANITIZED = "small and not [torch-"
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "5")
 SANITIZER_NEEDS_S = 40
-NEEDED = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11")
+# Processes for the GPU tests of a file whose kernels take Triton minutes to compile; one for any other file.
+SHARDS = {"test_gpu_tree_attention": 4}
+COMPILER_S = 30.0  # what the last case of a part that measures may take beyond its time
+NEEDED = ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "setuptools")
 
 
 @dataclass
@@ -35,6 +41,8 @@ class Part:
     name: str
     command: Sequence[str]
     limit_s: float
+    optional: bool = False  # what it does not get done in its time, or not on this machine, is no failure
+    environment: dict[str, str] = field(default_factory=dict)  # besides that of all parts
     result: str = "not run: no time left"
     seconds: float = 0.0
 
@@ -51,16 +59,18 @@ def run(part: Part, limit_s: float, environment: dict[str, str]) -> None:
     """Runs a part in its own process; prints its output when it has ended. Sets result and seconds."""
     limit, begin = min(part.limit_s, limit_s), time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        part.result = ended(part.command, limit, environment, output)
+        part.result = ended(part.command, limit, environment | part.environment, output)
         output.seek(0)
         text = output.read()
     part.seconds = time.perf_counter() - begin
     counts = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s", text, re.MULTILINE)
     part.result += f": {counts[-1]}" if counts else ""
+    if part.optional and part.result.startswith("FAILED (over"):
+        part.result = part.result.replace("FAILED", "left out")
     print(f"\n=== {part.name} ({part.seconds:.0f} s): {' '.join(part.command)}\n{text[-6000:]}", flush=True)
 
 
-def ended(command: Sequence[str], limit_s: float, environment: dict[str, str], output: IO[str] | None) -> str:
+def ended(command: Sequence[str], limit_s: float, environment: dict[str, str], output: IO[str] | int | None) -> str:
     """How a command ended within its time; without ``output`` it prints where we do."""
     options = {"stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
     try:
@@ -103,24 +113,59 @@ def builds() -> list[Part]:
 
 
 def tests() -> list[Part]:
-    """A part per test file that holds GPU tests; a kernel that breaks the GPU's context breaks its own file only."""
+    """A part per test file that holds GPU tests, or several: a kernel that breaks the GPU's context breaks its own."""
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8"))
-    options = ("-m", "gpu", "-q", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
-    return [Part(f"tests {p.stem}", python("-m", "pytest", str(p.relative_to(ROOT)), *options), 180) for p in files]
+    options = ("-m", "gpu", "-q", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", "-k")
+    parts = []
+    for path in files:
+        command = python("-m", "pytest", str(path.relative_to(ROOT)), *options, f"not {LARGE}")
+        shards = SHARDS.get(path.stem, 1)
+        for i in range(shards):
+            name = f"tests {path.stem}" + (f" {i + 1} of {shards}" if shards > 1 else "")
+            parts.append(Part(name, command, 180, environment={"FASTPO_SHARD": f"{i}/{shards}"}))
+    large = [str(path.relative_to(ROOT)) for path in files if LARGE in path.read_text("utf-8")]
+    return [*parts, Part("tests of more than 2^31 elements", python("-m", "pytest", *large, *options, LARGE), 180)]
 
 
 def sanitized(parts: Sequence[Part]) -> list[Part]:
-    tool = ["compute-sanitizer", "--error-exitcode", "9", "--print-limit", "5"]
-    return [Part(f"sanitizer {p.name}", [*tool, *p.command, "-k", SANITIZED], 90) for p in parts]
+    """The small ones of the tests under compute-sanitizer, which sees each allocation by itself."""
+    return [
+        Part(
+            f"sanitizer {part.name}",
+            [*SANITIZER, *part.command[:-1], SANITIZED],
+            90,
+            optional=True,
+            environment={**part.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        for part in parts
+        if part.command[-1] != LARGE and re.search(r"def test_\w*small", (ROOT / part.command[3]).read_text("utf-8"))
+    ]
+
+
+def sanitizer_missing(environment: dict[str, str]) -> str | None:
+    """Why compute-sanitizer cannot watch a process of this torch here, or None. It does not run on every machine."""
+    if shutil.which("compute-sanitizer", path=environment["PATH"]) is None:
+        return "no compute-sanitizer on PATH"
+    trial = python("-c", "import torch; torch.ones(9, device='cuda').sum()")
+    result = ended([*SANITIZER, *trial], 60, environment, subprocess.DEVNULL)
+    return None if result == "ok" else f"compute-sanitizer does not run here: {result}"
 
 
 def measurements() -> list[Part]:
-    """A part per op and workload, the most wanted first."""
+    """A part per op and workload that has cases for a GPU, the most wanted first; ``--minutes`` is still to be said."""
     from discovery import benches
 
-    names = sorted(benches([]), key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    names = [name for name, bench in benches([]).items() if bench.cases("gpu", "cuda")]
+    names.sort(key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
     suite = ("benchmarks/run.py", "--suite", "gpu", "--device", "cuda", "--seconds", "0.5")
-    return [Part(f"measure {name}", python(*suite, "--ops", name, "--minutes", "0.8"), 80) for name in names]
+    return [Part(f"measure {name}", python(*suite, "--ops", name), 90) for name in names]
+
+
+def run_measurement(part: Part, limit_s: float, environment: dict[str, str]) -> None:
+    """Runs a part that measures; no case begins when the time that compilers may take is all that is left."""
+    limit = min(part.limit_s, limit_s)
+    part.command = [*part.command, "--minutes", f"{max(limit - COMPILER_S, 1) / 60:.2f}"]
+    run(part, limit, environment)
 
 
 def ceilings() -> None:
@@ -186,6 +231,17 @@ def _importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def toolkit(environment: dict[str, str]) -> dict[str, str]:
+    """CUDA_HOME and a PATH with the tools of CUDA, as far as they can be found; nvcc on PATH may be a mere script."""
+    on_path = shutil.which("nvcc", path=environment.get("PATH"))
+    homes = [environment.get("CUDA_HOME"), environment.get("CUDA_PATH"), on_path and Path(on_path).resolve().parents[1]]
+    for home in map(Path, filter(None, [*homes, "/usr/local/cuda"])):
+        if (home / "include" / "cuda_runtime.h").exists():
+            tools = [environment.get("PATH", os.defpath), str(home / "bin"), str(home / "compute-sanitizer")]
+            return {"CUDA_HOME": str(home), "PATH": os.pathsep.join(tools)}
+    return {"PATH": environment.get("PATH", os.defpath)}
+
+
 def unpacked(wheels: Path) -> str:
     """A folder with the contents of the wheels, for the path; they are not installed, and bring none of their needs."""
     folder = ROOT / "build" / "wheels"
@@ -221,6 +277,7 @@ def main() -> int:
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTPO_BACKEND")
     }
     environment |= {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= toolkit(environment)
 
     def left() -> float:
         return arguments.budget - (time.perf_counter() - begin)
@@ -235,12 +292,13 @@ def main() -> int:
     testing, measuring = tests(), measurements()
     run_together(testing, left() / 2, environment)
     for i, part in enumerate(measuring):
-        if left() > 20:
-            run(part, left() / max(1.0, (len(measuring) - i) / 2), environment)
-    watching = sanitized(testing) if shutil.which("compute-sanitizer") else []
+        if left() > COMPILER_S:
+            run_measurement(part, left() / max(1.0, (len(measuring) - i) / 2), environment)
+    watching = sanitized(testing)
+    reason = "no time left" if left() < SANITIZER_NEEDS_S else sanitizer_missing(environment)
     for part in watching:
-        part.result = "left out: no time left"
-    if left() > SANITIZER_NEEDS_S:
+        part.result = f"left out: {reason}"
+    if reason is None:
         run_together(watching, left() - 10, environment)
     parts += [*testing, *measuring, *watching]
     print(f"\n{summary(read()[before:])}\n")

@@ -102,6 +102,15 @@ class Problem:
                 shape = shapes.get(column, (num_tuples,))
                 self.columns[column] = torch.rand(shape, generator=generator)
 
+    def to(self, device):
+        """Itself, with everything moved to ``device``."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+        for tensors in (self.leaves, self.fields, self.columns):
+            tensors |= {name: x.to(device) for name, x in tensors.items()}
+        return self
+
     def call(self, function, dtype, train=LEAVES, **more):
         """(what the function returns, gradients of the loss by name)."""
         with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """make gpu-check, as far as it can be tested without a GPU: parts end in time, what failed or is absent is named."""
 
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ def test_parts_say_how_they_ended():
     assert failed.result == "FAILED (exit 1): 1 failed, 3 passed"
     assert failed.failed
     assert ran(["no-such-program-anywhere"]).failed
+    assert not Part("watched", [], 1.0, result="left out: no time left").failed
 
 
 def test_a_part_that_overruns_ends_with_all_that_it_started(tmp_path):
@@ -41,6 +43,20 @@ def test_a_part_that_overruns_ends_with_all_that_it_started(tmp_path):
     assert not (tmp_path / "alive").exists()
 
 
+def test_an_optional_part_that_overruns_is_no_failure():
+    part = Part("part", python("-c", "import time; time.sleep(30)"), 0.5, optional=True)
+    gpu_check.run(part, 60.0, dict(os.environ))
+    assert part.result == "left out (over 0 s)"
+    assert not part.failed
+
+
+def test_measuring_ends_in_time_for_a_compiler(monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu_check, "run", lambda part, limit_s, environment: commands.append((part.command, limit_s)))
+    gpu_check.run_measurement(Part("part", ["run.py"], 90.0), 60.0, {})
+    assert commands == [(["run.py", "--minutes", "0.50"], 60.0)]
+
+
 def test_every_gpu_test_and_every_bench_is_a_part():
     assert {part.command[3] for part in gpu_check.tests()} >= {
         str(p.relative_to(ROOT)) for p in ROOT.glob("tests/gpu/test_*.py")
@@ -48,6 +64,33 @@ def test_every_gpu_test_and_every_bench_is_a_part():
     names = [part.name for part in gpu_check.measurements()]
     assert names[:2] == ["measure token_logprobs", "measure linear_token_logprobs"]
     assert len(names) >= len(list(ROOT.glob("kernels/*/bench.py")))
+    assert all("small" in (ROOT / part.command[8]).read_text() for part in gpu_check.sanitized(gpu_check.tests()))
+
+
+def test_shards_have_every_test_once(monkeypatch):
+    shard = runpy.run_path(str(ROOT / "tests" / "gpu" / "conftest.py"))["pytest_collection_modifyitems"]
+    found = []
+    for part in gpu_check.tests():
+        if "attention" in part.name:
+            monkeypatch.setenv("FASTPO_SHARD", part.environment["FASTPO_SHARD"])
+            items = list(range(31))
+            shard(items)
+            found += items
+    assert sorted(found) == list(range(31))
+
+
+def test_cuda_is_found_behind_a_script(tmp_path):
+    home = tmp_path / "cuda"
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    found = gpu_check.toolkit({"CUDA_HOME": str(home), "PATH": str(tmp_path / "bin")})
+    assert found["CUDA_HOME"] == str(home)
+    assert found["PATH"].split(os.pathsep)[:2] == [str(tmp_path / "bin"), str(home / "bin")]
+    (home / "bin").mkdir()
+    (home / "bin" / "nvcc").touch(mode=0o755)
+    assert gpu_check.toolkit({"PATH": str(home / "bin")})["CUDA_HOME"] == str(home)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
