@@ -5,7 +5,8 @@
 
 Workloads: A, GSM8K questions with 16 solutions each, 10 pairs a prompt; B, 15 pairs a prompt behind a few-shot prefix
 of 1,024 tokens; C, search trees with steps of 32-128 tokens: four of 2-2-2, one of 5-3-3-2-2. Ways: see
-tree_steps.py; and the forward alone of fastpo against FlexAttention. Loss and gradients of all are compared before any time counts.
+tree_steps.py; and the forward alone of fastpo against FlexAttention. Loss and gradients of all are compared before any
+time counts.
 
 GEMMs are most of the work and their library is no merit of trees, so the rows that sharing is judged by run every way
 on oneDNN (``fastpo.models.onednn_matmul``); rows called "default" (``--gemm default``) run every way on what torch

@@ -21,7 +21,8 @@ _library.define(
     "Tensor(a!) out) -> ()"
 )
 _library.define("prefault(Tensor(a!) tensor) -> ()")
-MISSING = Extension("_C", ("linear_tile_forward", "linear_tile_gradient", "linear_tile_finish", "prefault"))
+_OPS = ("linear_tile_forward", "linear_tile_gradient", "linear_tile_finish", "prefault", "gemm")
+MISSING = Extension("_C", _OPS)
 forward = torch.ops.fastpo_c.linear_tile_forward
 gradient = torch.ops.fastpo_c.linear_tile_gradient
 finish = torch.ops.fastpo_c.linear_tile_finish

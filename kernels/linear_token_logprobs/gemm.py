@@ -17,7 +17,7 @@ import threading
 import torch
 from torch import Tensor
 
-from fastpo.dispatch import extension_missing
+from fastpo.dispatch import Extension
 
 
 class Tally(threading.local):
@@ -35,14 +35,13 @@ tally = Tally()
 
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
 _library.define("gemm(Tensor a, Tensor b, Tensor(a!) out, Tensor? decay, bool add) -> ()")
-
-
 _multiply = torch.ops.fastpo_c.gemm
+_MISSING = Extension("_C", ("gemm",))
 
 
 def _ours(x: Tensor) -> bool:
     """Whether csrc/gemm.cpp multiplies x: on processors that it has fast kernels for."""
-    return x.device.type == "cpu" and x.dtype != torch.float64 and _X86 and extension_missing("_C") is None
+    return x.device.type == "cpu" and x.dtype != torch.float64 and _X86 and _MISSING() is None
 
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
