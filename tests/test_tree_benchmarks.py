@@ -20,6 +20,7 @@ sys.path.append(str(BENCHMARKS))
 import tree_host  # noqa: E402
 import tree_steps as ways  # noqa: E402
 import tree_workloads  # noqa: E402
+import workload_step  # noqa: E402
 from test_tree_training import ONE_ROW, assert_same_step, step  # noqa: E402
 from tree_data import SOLUTIONS, pair_records, read_questions, search_workload, solutions_workload  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
@@ -135,3 +136,18 @@ def test_figures_of_the_host(monkeypatch):
     assert 50 < found["block efficiency"][0] <= 100
     ((figure, case, (apart,), _),) = tree_host.curve(workload)
     assert figure == "loss curve" and case.startswith("2 steps in two epochs") and apart < 1e-4
+
+
+def test_a_step_of_the_gpu_suite_is_one_loss_and_one_gradient():
+    (case,) = workload_step.cases("small", "cpu")
+    inputs = workload_step.setup(case, "cpu")
+    outputs = {name: run(inputs) for name, run in workload_step.implementations(case).items()}
+    assert outputs.keys() == {"fastpo", "packed, unshared", "trl"}
+    workload_step.check(case, inputs, outputs)
+    loss, *grads = outputs["trl"]
+    for wrong in ([loss * 1.001, *grads], [loss, *(grad * 1.001 for grad in grads)]):
+        with pytest.raises(AssertionError, match="of trl"):
+            workload_step.check(case, inputs, {"fastpo": outputs["fastpo"], "trl": wrong})
+    (real,) = workload_step.cases("gpu", "cuda")
+    of = workload_step.workload(real.name)
+    assert len(of.all_pairs) == real.shape["pairs"] and len(ways.shared_rows(of, workload_step.ROW_TOKENS)) == 1
