@@ -14,6 +14,7 @@ from fastpo.search.settings import method_of
 _DEFAULTS = Config()
 _WARM_START = ("warm_start_steps", "warm_start_batch_size", "warm_start_learning_rate")
 _SEARCH = tuple(field.name for field in fields(SearchKeys) if field.name != "search")
+_SEVERAL = ("irpo", "third", "edits", "spin", "unpaired", "list", "judgements")  # pairs of a prompt, or members
 _JUDGE = ("judge_mode", "judge_samples", "judge_max_new_tokens")
 
 
@@ -69,6 +70,8 @@ def _wanted(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     yield ("search_rollouts",), method is None or method.value == "rollout", "search_value rollout"
     yield ("search_question", "search_labels"), method is None or method.value == "self", "search_value self"
     yield _JUDGE, judges(config), "score_by judge or duels, and pair_rule judgements"
+    several = method is not None or config.pair_rule in _SEVERAL
+    yield ("pairs_per_prompt",), several, f"a search, and pair_rule {', '.join(_SEVERAL)}"
     yield ("vote_threshold",), method is None and config.pair_rule == "scpo", "pair_rule scpo"
     yield ("contrast_prompts",), bool(contrast_texts(config)), "objective t_reg"
 

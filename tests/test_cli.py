@@ -106,6 +106,7 @@ def test_recipe_then_command_line_with_dashes_or_underscores(tmp_path):
         (["train", "mcts_dpo", "--num_samples", "2"], "num_samples does nothing here; it is for independent samples"),
         (["demo", "--judge_samples", "3"], "judge_samples does nothing here; it is for score_by judge"),
         (["demo", "--contrast_prompts", "a {prompt}", "b {prompt}"], "contrast_prompts does nothing here"),
+        (["train", "scpo", "--data", "x", "--pairs_per_prompt", "2"], "pairs_per_prompt does nothing here"),
         (["pairs", "--input", "x", "--vote_threshold", "0.5"], "vote_threshold does nothing here; it is for pair_rule"),
         (["info", "--all"], "info: unrecognized arguments: --all"),
         (["info", "--head", "8", "0", "4"], "info: --head is 8 0 4; it should be three positive numbers"),
