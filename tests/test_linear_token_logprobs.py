@@ -212,8 +212,11 @@ def test_retained_graph_gives_the_same_gradients_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_autocast_takes_its_type():
-    """fp32 master weights and bf16 hidden states, as trainers run them."""
+@pytest.mark.parametrize("ours", [True, False])
+def test_autocast_takes_its_type(monkeypatch, ours):
+    """fp32 master weights and bf16 hidden states, as trainers run them; by torch's own products too."""
+    if not ours:
+        monkeypatch.setattr(gemm, "_ours", lambda x: False)
     tensors, labels, _ = problem(9, 16, 60)
     hidden, weight = (tensors[name].clone().requires_grad_() for name in ("hidden", "weight"))
     with torch.autocast("cpu", torch.bfloat16):

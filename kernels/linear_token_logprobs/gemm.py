@@ -131,6 +131,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K], b [K, N] of one type -> [M, N], float32 unless they are float64."""
     tally.add(a, b)
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32)
+    with torch.autocast(a.device.type, enabled=False):  # which would round the result
+        if a.dtype in (torch.float32, torch.float64):
+            return torch.mm(a, b)
+        return torch.mm(a, b, out_dtype=torch.float32)
