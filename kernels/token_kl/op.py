@@ -151,7 +151,7 @@ def token_kl(
 
 
 class _Operands(NamedTuple):
-    """Both models at the rows that count, in the types that are multiplied."""
+    """Both models at the rows that count; on a CPU hidden states are widened, weights are not."""
 
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V, H]
@@ -175,7 +175,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _operands(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, mask) -> _Operands:
     kept = None if mask is None else mask.nonzero()[:, 0]
     own, other = (gemm.operand(x if kept is None else x[kept]) for x in (hidden, ref_hidden))
-    return _Operands(own, gemm.operand(weight), other, gemm.operand(ref_weight), bias, ref_bias, kept)
+    return _Operands(own, weight, other, ref_weight, bias, ref_bias, kept)
 
 
 @torch.library.custom_op("fastpo::linear_token_kl_fwd", mutates_args=())
@@ -204,7 +204,7 @@ def _linear_op(
         place = rows if both.kept is None else both.kept[rows]
         kl[place], norms = run.divergence(logits, ref_logits, head)
         if hidden_grad:
-            own = torch.empty_like(logits, dtype=both.weight.dtype)
+            own = torch.empty_like(logits, dtype=both.hidden.dtype)
             run.slope(logits, ref_logits, norms, None, head, own)
             grads[place] = gemm.times(own, both.weight)
     return kl, grads
@@ -244,7 +244,7 @@ def _linear_backward_op(
         tile = torch.empty_like(logits)
         run.slope(logits, ref_logits, norms, upstream, head, tile)
         dbias += tile.sum(0)
-        dweight += gemm.outer(tile.to(both.hidden.dtype), both.hidden[rows])
+        gemm.outer(tile.to(both.hidden.dtype), both.hidden[rows], dweight, add=True)
     return dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
 
 
@@ -304,8 +304,7 @@ def linear_token_kl(
         hidden, weight, bias: the policy's, of one float type; differentiable.
         ref_hidden, ref_weight, ref_bias: the reference's, constants.
         mask: rows where it is False are left out: they cost nothing, and K and gradients are 0 there.
-        memory_budget: bytes of logits that may be alive at a time; None: 1 GiB. On a CPU, weights of 16 bits are
-            widened besides (V H 4 bytes).
+        memory_budget: bytes of logits that may be alive at a time; None: 1 GiB.
 
     Returns:
         [...] float32 (float64 for float64 hidden), never negative, once differentiable. Use it as ``Segments.kl``.
