@@ -37,10 +37,10 @@ class Program:
         return set(self.values) <= {row[self.column] for row in rows}
 
 
-TREES = ("tree_workloads.py", "--gemm", "oneDNN", "--seconds", "0", "--workloads")
+TREES = ("tree_workloads.py", "--gemm", "oneDNN", "--seconds", "0", "--vocabulary", "8192", "--workloads")
 PROGRAMS = {
     "full": (
-        Program("trees A, B, C 2-2-2", (*TREES, "A", "B", "C2"), "trees.csv", "workload", ("A", "B", "C 2-2-2"), 2.5),
+        Program("trees A, B, C 2-2-2", (*TREES, "A", "B", "C2"), "trees.csv", "workload", ("A", "B", "C 2-2-2"), 3.3),
         Program(
             "training against TRL on A and B",
             ("tree_training.py", "--gemm", "oneDNN", "--no-unshared", "--steps", "1"),
@@ -73,7 +73,7 @@ PROGRAMS = {
             "trees.csv",
             "workload",
             ("C 5-3-3-2-2",),
-            2.8,
+            3.8,
         ),
     )
 }
