@@ -9,6 +9,7 @@ import workloads
 from measure import RESULTS, read
 from tables import Result, Row, latest
 
+SMALL = 8192  # vocabulary of the trees in the full suite, whose head is a twelfth of the model
 # Files of results/ that are kept row by row, in the order of the last fields of Rows.
 OTHERS = ("tree_host", "tree_search", "embedded_task", "embedded_search", "facts")
 
@@ -138,21 +139,28 @@ def of_eager(rows: Rows) -> Found | None:
     return worst((100 * extra_mib(r) / eager[sizes_of(r)["tokens"]] for r in large), most=True)
 
 
-def steps(rows: Rows, *names: str, vocabulary: int = 32000) -> list[dict[str, Row]]:
-    wanted = {"mode": "step", "gemm": "oneDNN", "vocabulary": str(vocabulary)}
-    of_size = (run for run in rows.trees if all(run["fastpo"][key] == value for key, value in wanted.items()))
-    return [run for run in of_size if not names or run["fastpo"]["workload"] in names]
+def steps(way: str, rows: Rows, *names: str, vocabulary: int = SMALL) -> list[Row]:
+    """The rows of a way, sampled or whole, on the workloads of those names, any for none.
+
+    Of the larger vocabulary where it was not measured with the small one.
+    """
+    found: dict[str, Row] = {}
+    for run in sorted(rows.trees, key=lambda run: int(run["fastpo"]["vocabulary"]), reverse=True):
+        ours = run["fastpo"]
+        wanted = (ours["mode"], ours["gemm"]) == ("step", "oneDNN") and int(ours["vocabulary"]) >= vocabulary
+        for name in run:
+            if wanted and name.startswith(way):
+                found[ours["workload"]] = run[name]
+    return [row for name, row in found.items() if not names or name in names]
 
 
-def of_ceiling(name: str, rows: Rows, vocabulary: int = 32000) -> Found | None:
+def of_ceiling(name: str, rows: Rows, vocabulary: int = SMALL) -> Found | None:
     """Of the unshared way's tokens over the distinct ones, in percent."""
-    found = steps(rows, name, vocabulary=vocabulary)
-    return worst(100 * float(run["paths"]["ceiling_share"]) for run in found if "paths" in run)
+    return worst(100 * float(row["ceiling_share"]) for row in steps("paths", rows, name, vocabulary=vocabulary))
 
 
 def slower(way: str, rows: Rows, *names: str) -> Found | None:
-    found = (run[name] for run in steps(rows, *names) for name in run if name.startswith(way))
-    return worst(float(row["time_ratio"]) for row in found)
+    return worst(float(row["time_ratio"]) for row in steps(way, rows, *names))
 
 
 def trained(name: str, rows: Rows) -> Found | None:

@@ -21,9 +21,9 @@ a head of a twelfth, and more layers. Compare ``ceiling``, of tokens, with ``wor
 matrix products and of the attention.
 
 Rows go to results/trees.csv as each workload ends. Takes some 8 minutes on 4 quiet cores, of which TRL's step on the
-largest trees takes more than two: ``--trl-every 4`` runs every fourth of its batches, in rows "trl, sampled" whose time
-is that of all by their tokens; ``--ways fastpo paths dense`` leaves it out. One round of all but that workload,
-``--workloads A B C2 --seconds 0``, takes some 3 minutes.
+largest trees takes more than two: ``--every trl=4 paths=2`` runs every fourth of its batches, and half of the unshared
+way's, in rows "trl, sampled" and "paths, sampled" whose time is that of all by their tokens. One round of all but that
+workload, ``--workloads A B C2 --seconds 0``, takes some 3 minutes.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl-budget", type=int, default=ways.TRL_BUDGET, help="the same of TRL, which is fastest so")
     parser.add_argument("--seconds", type=float, default=16, help="of rounds of each workload, beyond the first")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="fastpo always runs")
-    parser.add_argument("--trl-every", type=int, default=1, metavar="N", help="TRL runs every N-th of its batches")
+    every = "of trl or paths: run every N-th micro-batch alone"
+    parser.add_argument("--every", nargs="+", type=sampling, default=[], metavar="WAY=N", help=every)
     names = ["A", "B", "C2", "C2-steps", "C5", "C5-steps"]
     parser.add_argument("--workloads", nargs="+", default=["A", "B", "C2", "C5"], choices=names)
     parser.add_argument("--vocabulary", type=int, default=ways.VOCABULARY, help="at least 8192")
@@ -130,6 +131,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="small model, small trees, rows to no file")
     return parser.parse_args()
+
+
+def sampling(text: str) -> tuple[str, int]:
+    """("trl", 4) of "trl=4"."""
+    name, _, number = text.partition("=")
+    if name not in ("trl", "paths") or not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be trl=N or paths=N")
+    return name, int(number)
 
 
 def plan(arguments: argparse.Namespace, questions: list) -> list[tuple[Workload, str, float]]:
@@ -162,8 +171,7 @@ def measure(
     distinct = sum(build_tree(*tree).num_nodes for tree in zip(workload.trees, workload.starts, strict=True))
     ours, chains = sizes(row.tree for row in shared), sizes(row.tree for row in paths)
     padded = [ways.trl_inputs(workload, batch)["input_ids"].shape for batch in batches]
-    every = arguments.trl_every
-    sampled = sum(n * width for n, width in padded[::every]) / sum(n * width for n, width in padded)
+    sizes_of = {"trl": [n * width for n, width in padded], "paths": [row.tree.num_nodes for row in paths]}
 
     def way(step: Callable, rows: list, size: tuple[int, int, int], largest: int) -> Way:
         return Way(partial(step, rows), partial(step, rows[largest : largest + 1]), *size)
@@ -171,28 +179,24 @@ def measure(
     def packed(logps: Callable) -> Callable:
         return lambda rows: ways.packed_step(scorer, rows, workload, logps)
 
-    trl_size = (
-        sum(n * width for n, width in padded),
-        chains[1],
-        sum(n * width * (width + 1) // 2 for n, width in padded),
-    )
+    trl_size = (sum(sizes_of["trl"]), chains[1], sum(n * width * (width + 1) // 2 for n, width in padded))
     most = largest_of(row.tree.num_nodes for row in shared)
-    theirs = way(
-        lambda rows: ways.trl_step(scorer.model, rows, workload),
-        batches,
-        trl_size,
-        largest_of(n * width for n, width in padded),
-    )
+    alone = {
+        "paths": lambda rows: ways.path_step(scorer, rows, workload),
+        "trl": lambda rows: ways.trl_step(scorer.model, rows, workload),
+    }
     steps = {
         "fastpo": way(packed(ways.tree_logps), shared, ours, most),
-        "paths": way(lambda rows: ways.path_step(scorer, rows, workload), paths, chains, 0),
+        "paths": way(alone["paths"], paths, chains, 0),
         "dense": way(packed(ways.dense_logps), shared, ours, most),
-        "trl": theirs,
+        "trl": way(alone["trl"], batches, trl_size, largest_of(sizes_of["trl"])),
     }
     steps = {name: way for name, way in steps.items() if name in ("fastpo", *arguments.ways)}
-    if every > 1 and steps.pop("trl", None):
-        run = partial(ways.trl_step, scorer.model, batches[::every], workload)
-        steps["trl, sampled"] = replace(theirs, run=run, share=sampled)
+    for name, every in arguments.every:
+        if name in steps and every > 1:
+            run = partial(alone[name], {"paths": paths, "trl": batches}[name][::every])
+            share = sum(sizes_of[name][::every]) / sum(sizes_of[name])
+            steps[f"{name}, sampled"] = replace(steps.pop(name), run=run, share=share)
     common = {**where, "workload": workload.name, "gemm": gemm, "pairs": len(workload.all_pairs)}
     peaks = warmed(steps, scorer)
     times = timed(steps, seconds, scorer, checked=True)

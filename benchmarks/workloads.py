@@ -11,7 +11,8 @@ NAMES = {
     "paths": "packed, unshared",
     "dense": "shared, dense mask",
     "trl": "TRL, padded",
-    "trl, sampled": "TRL, every 4th batch, by its tokens",
+    "paths, sampled": "packed, unshared: some rows, by their tokens",
+    "trl, sampled": "TRL, padded: some batches, by their tokens",
     "flex": "FlexAttention",
     "unshared": "packed, unshared",
 }

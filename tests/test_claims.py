@@ -149,3 +149,17 @@ def test_figures_of_a_demo(tmp_path):
     (tmp_path / "iteration_1" / "metrics.json").write_text(json.dumps({"training": {}}))
     found = demo.figures(107.96, tmp_path)
     assert found == {"seconds": (108.0, "s"), "accuracy 0": (11.4, "%"), "accuracy 1": (99.8, "%")}
+
+
+def test_steps_are_those_of_the_small_vocabulary_where_there_are_any():
+    def run(vocabulary, **shares):
+        ours = {"workload": "A", "mode": "step", "gemm": "oneDNN", "vocabulary": vocabulary, "time_ratio": "1.0"}
+        return {"fastpo": ours} | {
+            name.replace("_", ", "): {"ceiling_share": share, "time_ratio": share} for name, share in shares.items()
+        }
+
+    rows = Rows([], [], [run("8192", paths_sampled="0.9"), run("32000", paths="0.7", trl="5.5")], [])
+    assert figures.of_ceiling("A", rows) == Found(90)
+    assert figures.of_ceiling("A", rows, vocabulary=32000) == Found(70)
+    assert figures.slower("trl", rows, "A") == Found(5.5)
+    assert figures.slower("dense", rows) is None

@@ -126,7 +126,7 @@ def setup(case: Case, device: str) -> Inputs:
     shape, on = case.shape, {"generator": torch.Generator(device).manual_seed(0), "device": device}
     n, h, v = shape["tokens"], shape["hidden"], shape["vocab"]
     hidden = torch.randn(n, h, **on).to(case.dtype).requires_grad_()
-    weight = torch.randn(v, h, **on).mul_(2 * h**-0.5).to(case.dtype)
+    weight = head_bench.head_weight(v, h, case.dtype, device).detach()
     labels = torch.randint(v, (n,), **on)
     weight.requires_grad_(case.mode == "trained head")
     return Inputs(hidden, weight, labels, *packed(case, device), case.prompt, case.budget)
