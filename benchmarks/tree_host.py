@@ -3,6 +3,7 @@
     python benchmarks/tree_host.py --data DIR     # model_solutions.jsonl of GSM8K; without it, text is made up
 
 - ``trie``: ms of ``build_tree`` on 16 sequences of 5,120 tokens, given as lists, of which none or 4,096 are shared;
+  ``trie in plain Python``: of what takes its place where the C++ is not built, without the lists;
 - ``packing``: ms of ``pack`` on the trees of workload A;
 - ``metadata``: microseconds of ``attention_blocks``, made once per batch; ``metadata share``: that in percent of the
   attention of one layer, forward and backward, by which a model of L layers divides it again;
@@ -34,7 +35,7 @@ from measure import Measured, append, machine, percentile  # noqa: E402
 from tree_data import Workload, pair_records, read_questions, search_workload, solutions_workload  # noqa: E402
 from tree_steps import VOCABULARY, build_model  # noqa: E402
 
-from fastpo import TokenTree, build_tree, objectives, pack  # noqa: E402
+from fastpo import TokenTree, build_tree, host_python, objectives, pack  # noqa: E402
 from fastpo.kernels.tree_attention import attention_blocks, cpu_kernels, tree_attention  # noqa: E402
 from fastpo.memory import keep_freed_memory  # noqa: E402
 from fastpo.models import response_logps  # noqa: E402
@@ -108,7 +109,17 @@ def tries() -> Iterator[Found]:
         sequences = [[*prompt.tolist(), *row.tolist()] for row in own]
         start = max(shared, 1)
         times = seconds(lambda s=sequences, start=start: build_tree(s, start))
-        yield "trie", f"16 x 5120 tokens, {shared} of them shared", [1e3 * t for t in times], "ms"
+        case = f"16 x 5120 tokens, {shared} of them shared"
+        yield "trie", case, [1e3 * t for t in times], "ms"
+        tokens, cu_seqlens = np.concatenate([np.array(s) for s in sequences]), np.arange(17) * 5120
+        plain = seconds(lambda tokens=tokens, cu=cu_seqlens: plain_trie(tokens, cu), 3)
+        yield "trie in plain Python", case, [1e3 * t for t in plain], "ms"
+
+
+def plain_trie(tokens: np.ndarray, cu_seqlens: np.ndarray) -> object:
+    """What stands in for the compiled trie where that is not built."""
+    trie = host_python.Trie()
+    return trie.insert_all(tokens, cu_seqlens), trie.preorder()
 
 
 def packing(workload: Workload) -> Iterator[Found]:

@@ -11,7 +11,7 @@ from fastpo.dispatch import SlowBackendWarning, extension_missing, outdated
 
 @cache
 def host() -> Any:
-    """The module whose functions ``fastpo.trees`` calls, on numpy arrays; plain Python is some 30 times slower."""
+    """The module whose functions ``fastpo.trees`` calls, on numpy arrays; plain Python is tens of times slower."""
     reason = extension_missing("_host") or _host_outdated()
     if reason is None:
         return importlib.import_module("fastpo._host")
