@@ -118,6 +118,7 @@ def _attention_forward(
     if _probe is not None:
         _probe.modules.append(module)
         _probe.windows.append(sliding_window)
+        _probe.softcaps.append(softcap)
         if tree is None:  # the trial that counts calls
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     name = type(module).__name__
@@ -194,10 +195,11 @@ def transformers_model(model: Any) -> PreTrainedModel:
 
 @dataclass
 class _Probe:
-    """The calls of fastpo's function during a trial: the modules, and the windows that they asked for."""
+    """The calls of fastpo's function during a trial: the modules, and the windows and softcaps that they asked for."""
 
     modules: list[nn.Module] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
+    softcaps: list[float | None] = field(default_factory=list)
 
 
 _probe: _Probe | None = None
@@ -239,6 +241,7 @@ def _check(model: Any, candidates: list[nn.Module]) -> list[nn.Module]:
                 "the keyword tree; the others drop it"
             )
         _check_windows(name, config, probe)
+        _check_softcaps(name, model, probe)
         _check_hidden(model, tree, hidden, moved, eps)
     return modules
 
@@ -298,6 +301,15 @@ def _check_windows(name: str, config: Any, probe: _Probe) -> None:
             raise FastpoError(f"{name} cannot take trees: it has layers of type {kind}")
         if kind == "sliding_attention" and found is None:
             raise FastpoError(f"{name} cannot take trees: the window of its layers is in the mask alone")
+
+
+def _check_softcaps(name: str, model: Any, probe: _Probe) -> None:
+    """torch's attention has no softcap, and older transformers leave it out without a word: nothing to compare with."""
+    if any(cap is not None for cap in probe.softcaps) and model.config._attn_implementation == "sdpa":
+        raise FastpoError(
+            f"{name} cannot take trees: its own attention, sdpa, leaves out its softcap; "
+            'load it with attn_implementation="eager"'
+        )
 
 
 def _check_hidden(model: Any, tree: TokenTree, hidden: Tensor, changed: Tensor, eps: float) -> None:

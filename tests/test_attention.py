@@ -14,6 +14,7 @@ from tree_cases import NAMES, alone, build, error, sequences, tree, with_gradien
 import fastpo
 from fastpo.attention import is_enabled
 from fastpo.errors import FastpoError
+from fastpo.integrations import head
 from fastpo.scoring import TreeScorer
 
 
@@ -132,6 +133,28 @@ def test_windows_that_are_in_the_mask_alone_are_refused():
         layer.self_attn.__class__ = Windowless
     with pytest.raises(FastpoError, match="in the mask alone"):
         fastpo.enable(model)
+
+
+def test_a_softcap_that_the_models_own_attention_leaves_out_is_refused():
+    """As of Gemma2 in transformers 5.17, whose default is sdpa; newer ones do not let it."""
+    model = build("gemma2")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(FastpoError, match='sdpa, leaves out its softcap; load it with attn_implementation="eager"'):
+        fastpo.enable(model)
+    assert not is_enabled(model)
+
+
+def test_the_own_precision_of_a_model_is_tf32s_where_that_is_on():
+    products = torch.backends.cuda.matmul
+    before, fp32 = products.fp32_precision, torch.finfo(torch.float32).eps
+    assert head._epsilon(torch.float32, "cuda") == fp32
+    try:
+        products.fp32_precision = "tf32"
+        assert head._epsilon(torch.float32, "cuda") == 2.0**-10
+        assert head._epsilon(torch.float32, "cpu") == fp32
+        assert head._epsilon(torch.bfloat16, "cuda") == torch.finfo(torch.bfloat16).eps
+    finally:
+        products.fp32_precision = before
 
 
 def test_something_that_is_no_model_is_refused():

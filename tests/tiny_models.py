@@ -40,10 +40,11 @@ _BUILDERS = {
     ),
     "phi": lambda: PhiForCausalLM(PhiConfig(**_SIZES)),  # its LM head has a bias
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**_SIZES, logits_scaling=3.0)),
-    # a window shorter than the prompts; softcapped logits and windows in every other layer
+    # a window shorter than the prompts; softcapped logits and windows in every other layer. transformers 5.17 would
+    # take sdpa for Gemma2, which leaves out the softcap of its attention.
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=6)),
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**_SIZES, head_dim=16, sliding_window=6, final_logit_softcapping=5.0)
+        Gemma2Config(**_SIZES, head_dim=16, sliding_window=6, final_logit_softcapping=5.0, attn_implementation="eager")
     ),
 }
 NAMES = tuple(_BUILDERS)

@@ -188,7 +188,13 @@ def trial(model: Any) -> Iterator[float]:
     parameter = next(model.parameters())
     half = parameter.dtype == torch.float32 and "flash" in (model.config._attn_implementation or "")
     with evaluating(model), torch.autocast(parameter.device.type, torch.bfloat16, enabled=half):
-        yield torch.finfo(torch.bfloat16 if half else parameter.dtype).eps
+        yield _epsilon(torch.bfloat16 if half else parameter.dtype, parameter.device.type)
+
+
+def _epsilon(dtype: torch.dtype, device: str) -> float:
+    """Of products of this type: on a GPU those of fp32 are of TF32 where it is switched on."""
+    tf32 = dtype == torch.float32 and device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return 2.0**-10 if tf32 else torch.finfo(dtype).eps
 
 
 @contextmanager
