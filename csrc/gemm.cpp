@@ -155,7 +155,14 @@ void multiply(const Matrix& a, const Matrix& b, int64_t rows, int64_t depth, int
   in_two_phases(depths * groups, pack, blocks.by_row * blocks.by_column, compute, rows * columns * depth);
 }
 
-void gemm_op(const Tensor a, const Tensor b, const Tensor out, const std::optional<Tensor> decay, bool add) {
+// Whether whole vectors of the result may go past the cache: aligned, and not read again by a further step of the depth.
+bool streamable(const Target& c, int64_t depth) {
+  constexpr int64_t kLine = 64;
+  return depth <= kLeftDepth && reinterpret_cast<uintptr_t>(c.data) % kLine == 0 && c.row * sizeof(float) % kLine == 0;
+}
+
+void gemm_op(const Tensor a, const Tensor b, const Tensor out, const std::optional<Tensor> decay, bool add,
+             bool past_cache) {
   const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
   STD_TORCH_CHECK(b.size(0) == depth && out.size(0) == rows && out.size(1) == columns, "a [M, K], b [K, N], out [M, N]");
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && (columns == 1 || out.stride(1) == 1),
@@ -166,7 +173,8 @@ void gemm_op(const Tensor a, const Tensor b, const Tensor out, const std::option
   const Matrix left = matrix(a, "a"), right = matrix(b, "b");
   const float* factors = decay ? static_cast<const float*>(decay->mutable_data_ptr()) : nullptr;
   const Into into = decay ? Into::decayed : add ? Into::add : Into::write;
-  const Target whole{static_cast<float*>(out.mutable_data_ptr()), out.stride(0), factors, into};
+  Target whole{static_cast<float*>(out.mutable_data_ptr()), out.stride(0), factors, into};
+  if (into == Into::write && past_cache && streamable(whole, depth)) whole.into = Into::stream;
   const int64_t deep = ceil_div(depth, ceil_div(depth, kRightDepth));
   const int64_t wide = std::max(kernel.columns, kRightFloats / deep / kernel.columns * kernel.columns);
   for (int64_t j = 0; j < columns; j += wide) {

@@ -25,8 +25,8 @@ struct Left {
   int64_t row;  // stride
 };
 
-// What a product is written to: c = ab, c += ab, or c = decay c + ab.
-enum class Into { write, add, decayed };
+// What a product is written to: c = ab, the same past the cache, c += ab, or c = decay c + ab.
+enum class Into { write, stream, add, decayed };
 
 struct Target {
   float* data;

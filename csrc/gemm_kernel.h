@@ -154,6 +154,17 @@ static void pack_right(const Matrix& b, int64_t columns, int64_t depth, float* t
   }
 }
 
+// Aligned to the vector. Without reading the line first; a locked instruction of the thread makes it seen by others.
+FASTPO_INLINE void store_past_cache(float* p, Vf x) {
+#if FASTPO_SIMD_BITS == 512
+  _mm512_stream_ps(p, x);
+#elif FASTPO_SIMD_BITS == 256
+  _mm256_stream_ps(p, x);
+#else
+  store(p, x);
+#endif
+}
+
 constexpr int64_t kAhead = 48;  // steps before its end at which a tile's place is brought into the cache
 
 // One tile of the result, whole; left packed, or rows that lie left_row floats apart.
@@ -183,7 +194,7 @@ static void multiply_tile(const float* left, int64_t left_row, const float* righ
   };
   const int64_t last = depth < kAhead ? depth : kAhead;
   multiply_add(depth - last);
-  for (int i = 0; i < kTileRows / 2; ++i) {
+  for (int i = 0; i < kTileRows / 2 && INTO != Into::stream; ++i) {
     for (int p = 0; p < kTileVectors; ++p) __builtin_prefetch(c.data + i * c.row + p * W, 1);
   }
   multiply_add(last);
@@ -195,7 +206,7 @@ static void multiply_tile(const float* left, int64_t left_row, const float* righ
       Vf value = sum[i][p];
       if constexpr (INTO == Into::add) value = load(to + p * W) + value;
       if constexpr (INTO == Into::decayed) value = fma(load(to + p * W), set(c.decay[i]), value);
-      store(to + p * W, value);
+      INTO == Into::stream ? store_past_cache(to + p * W, value) : store(to + p * W, value);
     }
   }
 }
@@ -216,7 +227,7 @@ static void multiply_edge(const float* left, int64_t left_row, const float* righ
     for (int64_t j = 0; j < columns; ++j) {
       float& to = c.data[i * c.row + j];
       const float value = tile[i * kTileColumns + j];
-      to = INTO == Into::write ? value : INTO == Into::add ? to + value : fma_of(to, c.decay[i], value);
+      to = INTO == Into::add ? to + value : INTO == Into::decayed ? fma_of(to, c.decay[i], value) : value;
     }
   }
 }
@@ -251,6 +262,8 @@ static void multiply_block(const Left& left, const float* right, int64_t right_p
   switch (c.into) {
     case Into::write:
       return multiply_block_into<Into::write>(left, right, right_panel, depth, rows, columns, c);
+    case Into::stream:
+      return multiply_block_into<Into::stream>(left, right, right_panel, depth, rows, columns, c);
     case Into::add:
       return multiply_block_into<Into::add>(left, right, right_panel, depth, rows, columns, c);
     case Into::decayed:

@@ -44,9 +44,9 @@ def counted_operations(monkeypatch):
     counts = []
 
     def counted(function, size):
-        def run(a, b, *rest):
+        def run(a, b, *rest, **named):
             counts.append(2 * a.shape[0] * a.shape[1] * size(b))
-            return function(a, b, *rest)
+            return function(a, b, *rest, **named)
 
         return run
 

@@ -28,7 +28,7 @@ LAYOUTS = ("rows", "columns")
 def isa(request, monkeypatch):
     monkeypatch.setenv("FASTPO_CPU_ISA", request.param)
     try:
-        gemm._multiply(torch.ones(1, 1), torch.ones(1, 1), torch.empty(1, 1), None, False)
+        gemm._multiply(torch.ones(1, 1), torch.ones(1, 1), torch.empty(1, 1), None, False, False)
     except RuntimeError as error:
         pytest.skip(f"{error}; runs on a processor with it")
 
@@ -43,21 +43,23 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> torch.Te
 @pytest.mark.parametrize("m, n, k", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_in_place(isa, m, n, k, dtype):
-    """ab, out + ab and decay out + ab, of both layouts of both operands; nothing beside the result is written."""
+    """ab, past the cache or not, out + ab, decay out + ab, of all layouts; nothing beside the result is written."""
     for of_a in LAYOUTS:
         for of_b in LAYOUTS:
             a, b = matrix(m, k, dtype, of_a), matrix(k, n, dtype, of_b)
             exact = a.double() @ b.double()
             by_torch = (a.float() @ b.float() - exact).abs().max()
-            for mode in ("write", "add", "decayed"):
-                memory = torch.full((m, n + 2), torch.nan)
+            for mode in ("write", "past cache", "add", "decayed"):
+                memory = torch.full(
+                    (m, -(-n // 16) * 16 + 16), torch.nan
+                )  # aligned, as what goes past the cache must be
                 out = memory[:, :n]
                 expected, decay = exact, None
-                if mode != "write":
+                if mode in ("add", "decayed"):
                     out.normal_()
                     decay = torch.rand(m) if mode == "decayed" else None
                     expected = exact + out.double() * (1 if decay is None else decay[:, None])
-                gemm._multiply(a, b, out, decay, mode == "add")
+                gemm._multiply(a, b, out, decay, mode == "add", mode == "past cache")
                 assert (out - expected).abs().max() <= 2 * by_torch + 2e-6 * (1 + exact.abs().max())
                 assert memory[:, n:].isnan().all()
 
@@ -85,9 +87,9 @@ def test_names_what_it_does_not_take():
     x = torch.ones(4, 4)
     for arguments in ((x, torch.ones(3, 4), x), (x, x, torch.ones(4, 3)), (x, x, x.double()), (x.double(), x, x)):
         with pytest.raises(RuntimeError, match=r"should be|K, N"):
-            gemm._multiply(*arguments, None, False)
+            gemm._multiply(*arguments, None, False, False)
     with pytest.raises(RuntimeError, match="stride of 1"):
-        gemm._multiply(torch.ones(8, 8)[::2, ::2], x, x, None, False)
+        gemm._multiply(torch.ones(8, 8)[::2, ::2], x, x, None, False, False)
 
 
 def test_strided_and_empty():

@@ -132,9 +132,9 @@ class Costs:
     def _with_loan(self, plan: Plan, num_rows: int, most: int) -> Plan:
         """The plan with what the gradient's memory holds: chunks of up to ``most`` rows, or first tiles of a larger.
 
-        The gradient is written tile after tile of the vocabulary, each when the kept tile of the same entries has been
-        read. One chunk of ``most`` rows or more may hence lie there from the start: its tiles are as large as theirs of
-        the gradient or larger, so none is overwritten before its turn.
+        The gradient is written tile after tile of the vocabulary, each when the kept tiles of the same entries have
+        been read. Kept ones that are smaller than theirs of the gradient lie at its end, side by side, larger ones (of
+        one chunk) from its beginning: either way none is overwritten before its turn.
         """
         chunk = min(plan.row_chunk, num_rows)
         if chunk <= most:

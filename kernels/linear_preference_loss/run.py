@@ -192,8 +192,8 @@ class Known:
 class LentState(State):
     """A state whose first tiles are kept in memory that the weight's gradient will overwrite, tile after tile.
 
-    Chunks of at most L rows lie there side by side, tile by tile; of a larger chunk the first tiles, one after another
-    (Costs._with_loan says why that is safe).
+    Chunks of at most L rows together lie at its end, tile by tile and there side by side; of a larger chunk the first
+    tiles lie at its beginning, one after another (Costs._with_loan says why that is safe).
     """
 
     lent: Tensor  # [V * L], of the weight's type
@@ -204,9 +204,9 @@ class LentState(State):
         at, size = first_row * vocab_size + rows * start, rows * columns  # where all tiles stood one after another
         if at >= self.lent_elements:
             return self.tile_at(at - self.lent_elements, rows, columns)
-        most = self.lent.shape[0] // vocab_size
-        if self.row_chunk <= most:
-            at = start * most + first_row * columns
+        if self.row_chunk * vocab_size <= self.lent.shape[0]:
+            rows_lent = self.lent_elements // vocab_size
+            at = self.lent.shape[0] - (vocab_size - start) * rows_lent + first_row * columns
         return self.lent[at : at + size].view(rows, columns)
 
 

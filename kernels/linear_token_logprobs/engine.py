@@ -292,6 +292,7 @@ class Total:
 
     out: Tensor  # [v, k] where it belongs
     sum: Tensor  # [v, k] of the wide type: out itself, or memory besides
+    chunks: int
 
     @property
     def direct(self) -> bool:
@@ -299,15 +300,15 @@ class Total:
 
     @staticmethod
     def of(out: Tensor, tiles: list[Tensor | None], dtype: torch.dtype) -> "Total":
-        """out [v, k] or [v]. It is not written to while it is narrower than the sum or ``tiles`` lie in its memory."""
+        """out [v, k] or [v], summed in place unless it is narrower than the sum or ``tiles`` lie in its memory."""
         out = out.view(out.shape[0], -1)
         direct = out.dtype == dtype and not any(tile is not None and _overlap(tile, out) for tile in tiles)
-        return Total(out, out if direct else torch.empty_like(out, dtype=dtype))
+        return Total(out, out if direct else torch.empty_like(out, dtype=dtype), len(tiles))
 
     def add(self, name: str, d: Tensor, m: Tensor, add: bool) -> None:
         """d^T m, d [R, v], m [R, k], added to the sum or in its place."""
         if name == "weight":
-            gemm.outer(d, m, self.sum, add)
+            gemm.outer(d, m, self.sum, add, past_cache=self.direct and self.chunks == 1)
         elif add:
             self.sum.add_(gemm.narrow_outer(d, m))
         else:

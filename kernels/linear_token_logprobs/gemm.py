@@ -34,7 +34,7 @@ tally = Tally()
 
 
 _library = torch.library.Library("fastpo_c", "FRAGMENT")
-_library.define("gemm(Tensor a, Tensor b, Tensor(a!) out, Tensor? decay, bool add) -> ()")
+_library.define("gemm(Tensor a, Tensor b, Tensor(a!) out, Tensor? decay, bool add, bool past_cache) -> ()")
 _multiply = torch.ops.fastpo_c.gemm
 _MISSING = Extension("_C", ("gemm",))
 
@@ -57,9 +57,9 @@ def times(e: Tensor, w: Tensor, out: Tensor | None = None, decay: Tensor | None 
     return _product(e, w, out, decay)
 
 
-def outer(d: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """d [R, v], x [R, H] -> d^T x [v, H]; or added to what is in ``out``."""
-    return _product(d.t(), x, out, add=add)
+def outer(d: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False, past_cache: bool = False) -> Tensor:
+    """d [R, v], x [R, H] -> d^T x [v, H]; or added to what is in ``out``. ``past_cache``: no one reads it soon."""
+    return _product(d.t(), x, out, add=add, past_cache=past_cache)
 
 
 def _product(
@@ -68,13 +68,14 @@ def _product(
     out: Tensor | None,  # [M, N], of the wide type and with contiguous rows; apart from a and b in memory
     decay: Tensor | None = None,  # [M]
     add: bool = False,
+    past_cache: bool = False,
 ) -> Tensor:
     """ab, out + ab or decay out + ab, in ``out``; None: a new tensor."""
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1], dtype=wide(a.dtype))
     if _ours(a):
         tally.add(a, b)
-        _multiply(_dense(a), _dense(b), out, decay, add)
+        _multiply(_dense(a), _dense(b), out, decay, add, past_cache)
     elif decay is not None:
         torch.addcmul(_mm(operand(a), operand(b)), out, decay[:, None], out=out)
     elif add:
