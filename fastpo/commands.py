@@ -79,7 +79,7 @@ def plan(config: Config) -> str:
         lines.append(f"iteration {k}: {state}")
     lines += _estimate(loop)
     lines.append(f"objective: {loop.objective}")
-    lines.append(f"LM head: {info.LOOP}")
+    lines.append(f"LM head: {info.LOOP[config.sharing]}")
     lines.append(f"config:\n{config.to_yaml()}dry run: nothing was written")
     return "\n".join(lines)
 

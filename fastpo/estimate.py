@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fastpo import embedded
 from fastpo.config import Config
 from fastpo.integrations.head import unwrapped
+from fastpo.info import pairs_of
+from fastpo.kernels.linear_preference_loss import plan as plan_loss
 from fastpo.kernels.linear_token_logprobs import plan
 from fastpo.objectives import Objective
 from fastpo.references import needs_kl, num_passes
@@ -225,7 +227,10 @@ def _head_and_memory(
 ) -> Sequence[str]:
     whole = prompt_tokens + config.max_new_tokens
     rows = max(1, int(config.micro_batch_tokens * config.max_new_tokens / whole))
-    head = plan(rows, sizes.vocab, sizes.hidden, dtype=getattr(torch, config.dtype), device=device)
+    size, dtype = (sizes.vocab, sizes.hidden), getattr(torch, config.dtype)
+    head: Any = plan(rows, *size, dtype=dtype, device=device)
+    if not config.sharing and objective.path == "fused":
+        head = plan_loss(*pairs_of(rows, device), *size, dtype=dtype)
     kept = 1 if config.gradient_checkpointing else _ACTIVATIONS
     parts = {
         "weights": sizes.parameters * sizes.itemsize,

@@ -83,7 +83,11 @@ def machine() -> str:
     )
 
 
-LOOP = "linear_preference_loss for preference steps; linear_token_logprobs for supervised steps, references, statistics"
+# What the loop runs the LM head by, where training shares tokens and where it does not.
+LOOP = {
+    True: "linear_token_logprobs; on trees a hidden row predicts several labels, and preference_loss takes the log-probs",
+    False: "linear_preference_loss for preference steps; linear_token_logprobs for supervised steps and references",
+}
 HEAD = (8192, 128256, 4096)  # tokens, vocabulary, hidden size of the example
 SEQUENCE = 256  # tokens of its sequences, of which pairs are made
 MODES = ((False, False), (True, False), (True, True))  # whether hidden states and head need a gradient

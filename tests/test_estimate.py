@@ -146,3 +146,20 @@ def test_dry_run_needs_no_weights(capsys, tmp_path):
     ):
         assert text in out
     assert not (tmp_path / "run").exists() and torch.get_default_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "gemms", "head"),
+    [("", "3.", "linear_token_logprobs; on trees"), ("--no_sharing", "3.00F", "linear_preference_loss for preference")],
+)
+def test_a_dry_run_says_what_the_head_will_be_run_by(capsys, tmp_path, options, gemms, head):
+    """Groups of whole pairs keep their logits where a tree's rows outgrow the budget and make some again."""
+    model = embedded.build_model(0)
+    model.config.vocab_size, model.config.hidden_size, model.config.head_dim = 128256, 4096, 1024
+    model.config.save_pretrained(tmp_path / "model")
+    embedded.build_tokenizer().save_pretrained(tmp_path / "model")
+    argv = f"train irpo --model {tmp_path}/model --data embedded --max_new_tokens 40 --dry_run {options}"
+    assert cli.main(argv.split()) == 0
+    out = capsys.readouterr().out
+    assert f"LM head: {head}" in out and f"trained head, {gemms}" in out
+    assert ("logits again that memory_budget does not hold" in out) == (not options)
