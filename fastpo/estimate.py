@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fastpo import embedded
 from fastpo.config import Config
-from fastpo.integrations.head import unwrapped
 from fastpo.info import pairs_of
+from fastpo.integrations.head import unwrapped
 from fastpo.kernels.linear_preference_loss import plan as plan_loss
 from fastpo.kernels.linear_token_logprobs import plan
 from fastpo.objectives import Objective

@@ -85,7 +85,7 @@ def machine() -> str:
 
 # What the loop runs the LM head by, where training shares tokens and where it does not.
 LOOP = {
-    True: "linear_token_logprobs; on trees a hidden row predicts several labels, and preference_loss takes the log-probs",
+    True: "linear_token_logprobs; on trees a hidden row predicts several labels, preference_loss takes the log-probs",
     False: "linear_preference_loss for preference steps; linear_token_logprobs for supervised steps and references",
 }
 HEAD = (8192, 128256, 4096)  # tokens, vocabulary, hidden size of the example
