@@ -30,6 +30,7 @@ LARGE = "more_than_2_to_the_31"  # the GPU tests that take tens of GB: one after
 SANITIZED = "small and not [torch-"
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "5")
 SANITIZER_NEEDS_S = 40
+TESTS_S = 220.0  # all parts of the tests run at once
 # Processes for the GPU tests of a file whose kernels take Triton minutes to compile; one for any other file.
 SHARDS = {"test_gpu_tree_attention": 4}
 COMPILER_S = 30.0  # what the last case of a part that measures may take beyond its time
@@ -122,9 +123,9 @@ def tests() -> list[Part]:
         shards = SHARDS.get(path.stem, 1)
         for i in range(shards):
             name = f"tests {path.stem}" + (f" {i + 1} of {shards}" if shards > 1 else "")
-            parts.append(Part(name, command, 180, environment={"FASTPO_SHARD": f"{i}/{shards}"}))
+            parts.append(Part(name, command, TESTS_S, environment={"FASTPO_SHARD": f"{i}/{shards}"}))
     large = [str(path.relative_to(ROOT)) for path in files if LARGE in path.read_text("utf-8")]
-    return [*parts, Part("tests of more than 2^31 elements", python("-m", "pytest", *large, *options, LARGE), 180)]
+    return [*parts, Part("tests of more than 2^31 elements", python("-m", "pytest", *large, *options, LARGE), TESTS_S)]
 
 
 def sanitized(parts: Sequence[Part]) -> list[Part]:
