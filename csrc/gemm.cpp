@@ -146,7 +146,7 @@ void multiply(const Matrix& a, const Matrix& b, int64_t rows, int64_t depth, int
         kernel.multiply(rows_of, panels, right_panel, deep, in_place, width, to);
       }
       if (in_place < height) {
-        kernel.pack_left(a.at(i + in_place, t), height - in_place, deep, left);
+        kernel.pack_left(a.at(i + in_place, t), height - in_place, rows - i - in_place, deep, left);
         kernel.multiply({left, 0}, panels, right_panel, deep, height - in_place, width, to.at(in_place, 0));
       }
       to.into = Into::add;

@@ -80,9 +80,11 @@ FASTPO_INLINE void pack_across(const T* lines, int64_t stride, int count, int64_
   }
 }
 
-// Packs rows [rows, depth] of the left operand. W - kTileRows floats behind the result are overwritten.
+// Packs rows [rows, depth] of the left operand, which has so many (readable) from there on. Whole vectors are read and
+// written where there are: of rows behind the last, and W - kTileRows floats behind the result.
 template <class T>
-static void pack_left_of(const T* a, int64_t row, int64_t column, int64_t rows, int64_t depth, float* to) {
+static void pack_left_of(const T* a, int64_t row, int64_t column, int64_t rows, int64_t readable, int64_t depth,
+                         float* to) {
   if (column == 1) {
     for (int64_t first = 0; first < rows; first += kTileRows) {
       const int count = static_cast<int>(rows - first < kTileRows ? rows - first : kTileRows);
@@ -96,7 +98,7 @@ static void pack_left_of(const T* a, int64_t row, int64_t column, int64_t rows, 
     const T* const line = a + t * column;
     for (int64_t first = 0; first < rows; first += kTileRows) {
       __builtin_prefetch(line + kFar * column + first);
-      const Vf x = load_up_to(line + first, rows - first);
+      const Vf x = load_up_to(line + first, readable - first);
       float* const at = to + first * depth + t * kTileRows;
       if (t + kSpill < depth || first + kTileRows >= rows) {
         store(at, x);
@@ -132,14 +134,14 @@ static void pack_right_of(const T* b, int64_t row, int64_t column, int64_t colum
   }
 }
 
-static void pack_left(const Matrix& a, int64_t rows, int64_t depth, float* to) {
+static void pack_left(const Matrix& a, int64_t rows, int64_t readable, int64_t depth, float* to) {
   switch (a.type) {
     case Type::float32:
-      return pack_left_of(static_cast<const float*>(a.data), a.row, a.column, rows, depth, to);
+      return pack_left_of(static_cast<const float*>(a.data), a.row, a.column, rows, readable, depth, to);
     case Type::bfloat16:
-      return pack_left_of(static_cast<const BFloat16*>(a.data), a.row, a.column, rows, depth, to);
+      return pack_left_of(static_cast<const BFloat16*>(a.data), a.row, a.column, rows, readable, depth, to);
     case Type::float16:
-      return pack_left_of(static_cast<const Half*>(a.data), a.row, a.column, rows, depth, to);
+      return pack_left_of(static_cast<const Half*>(a.data), a.row, a.column, rows, readable, depth, to);
   }
 }
 

@@ -99,8 +99,8 @@ def forward(inputs: Inputs, loss: Loss, wanted: Wanted) -> tuple[Tensor, ...]:
     logps = outputs["token_logps"].zero_()
     if labels.device.type == "cpu":
         check_sequences(loss.tokens._replace(logps=logps), loss.tuples.index, loss.tokens.cu_seqlens.shape[0] - 1)
-    values = (torch.where(mask, labels, -1), inputs.rows, inputs.temperatures, wanted.label_set)
-    check_values(*values, inputs.hidden.shape[0], inputs.weight.shape[0], -1)
+    values = (labels, inputs.rows, inputs.temperatures, wanted.label_set)
+    check_values(*values, inputs.hidden.shape[0], inputs.weight.shape[0], None, mask)
     for name in wanted.stats:
         outputs[name].zero_()
     plan = plan_of(inputs, loss, wanted)
@@ -257,13 +257,14 @@ class Totals:
         a = -batch.entries.sum_rows(grads)
         coefs = torch.stack((a, torch.zeros_like(a), torch.zeros_like(a)))
         slopes = Slopes.of(head, batch, known.norm, state.picked, grads, coefs)
-        if state.product is not None:
-            dx, du = state.product, state.lora_product  # in place: no one asks for the products again
+        dx, du = state.product, state.lora_product  # in place: no one asks for the products again
+        if dx is not None:
             engine.hidden_gradient(head, batch, state, slopes, kernels, dx, du)
             self._add_hidden(batch, dx, du)
         if self.wanted.head_grad:
             into = Gradients(*(self.sums.get(name) for name in ("weight", "bias", "lora_b")))
-            engine.head_gradients(head, batch, known.plan, state, slopes, into, kernels, accumulate=not self.first)
+            rest = {"accumulate": not self.first, "spare_rows": dx}
+            engine.head_gradients(head, batch, known.plan, state, slopes, into, kernels, **rest)
         self.first = False
 
     def _add_hidden(self, batch: Batch, dx: Tensor, du: Tensor | None) -> None:

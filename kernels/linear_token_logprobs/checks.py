@@ -145,13 +145,15 @@ def check_values(
     num_rows: int,
     vocab_size: int,
     ignore_index: int | None,
+    mask: Tensor | None = None,  # [M] bool
 ) -> None:
-    """What needs the values, where they are looked at."""
+    """What needs the values, where they are looked at and ``mask`` is True."""
     if not values_checked(labels.device):
         return
-    kept, allowed = torch.ones_like(labels, dtype=torch.bool), f"from 0 to {vocab_size - 1}"
+    kept = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+    allowed = f"from 0 to {vocab_size - 1}"
     if ignore_index is not None:
-        kept, allowed = labels != ignore_index, f"{allowed}, or ignore_index ({ignore_index})"
+        kept, allowed = kept & (labels != ignore_index), f"{allowed}, or ignore_index ({ignore_index})"
     check_range("labels", labels, kept, vocab_size, allowed)
     if rows is not None:
         check_range("rows", rows, kept, num_rows, f"from 0 to {num_rows - 1}, the rows of hidden")

@@ -250,15 +250,16 @@ class Gradients:
 
 def head_gradients(
     head: Head, batch: Batch, plan: Plan, state: State, slopes: Slopes, into: Gradients, kernels: ModuleType,
-    accumulate: bool = False,
+    accumulate: bool = False, spare_rows: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes the gradients in ``into``, tile by tile of the vocabulary, from what was kept or from the logits again.
 
-    The head's gradients are summed over rows in fp32 and rounded once. ``accumulate`` adds to them.
+    The head's gradients are summed over rows in fp32 and rounded once. ``accumulate`` adds to them. ``spare_rows``
+    [R, H] may be overwritten.
     """
     vocab_size = head.weight.shape[0]
     factors = into.multiplied(batch)
-    kept = Kept.of(batch, state, slopes, factors, vocab_size)
+    kept = Kept.of(batch, state, slopes, factors, vocab_size, spare_rows)
     spare = gemm.spare(batch.x, min(plan.row_chunk, len(batch.x)) * plan.vocab_tile)
     for number, start, stop in _tiles(vocab_size, plan.vocab_tile):
         operands, kept_rows = head.tile(start, stop), 0
@@ -354,12 +355,15 @@ class Kept:
     owners: Tensor  # [E] int64, computed rows of the entries in the order of their labels
     values: Tensor  # [E] dL/dz at the labels, likewise
     last: dict[int, tuple[Tensor, dict[str, Tensor]]]  # of each row chunk: reference, and m scaled for it
+    spare_rows: Tensor | None  # [R, H] where x is scaled to, if its type is x's
 
     @staticmethod
-    def of(batch: Batch, state: State, slopes: Slopes, m: dict[str, Tensor], vocab_size: int) -> "Kept":
+    def of(
+        batch: Batch, state: State, slopes: Slopes, m: dict[str, Tensor], vocab_size: int, spare_rows: Tensor | None
+    ) -> "Kept":
         labels, order = torch.sort(batch.entries.labels, stable=True)
         starts = torch.searchsorted(labels, torch.arange(vocab_size + 1, device=labels.device))
-        return Kept(batch, state, slopes, m, starts, batch.entries.owners[order], slopes.values[order], {})
+        return Kept(batch, state, slopes, m, starts, batch.entries.owners[order], slopes.values[order], {}, spare_rows)
 
     def scaled(self, rows: slice, number: int) -> dict[str, Tensor]:
         """m of some rows times the factor that e of this tile needs."""
@@ -368,9 +372,14 @@ class Kept:
         if known is not None and reference.device.type == "cpu" and torch.equal(known[0], reference):
             return known[1]
         factor = self.slopes.factor(rows, reference, self.batch.inverse_temperature[rows])
-        scaled = {name: (m[rows] * factor[:, None]).to(m.dtype) for name, m in self.m.items()}
+        scaled = {name: self._times(name, m[rows], factor[:, None], rows) for name, m in self.m.items()}
         self.last[rows.start] = reference, scaled
         return scaled
+
+    def _times(self, name: str, m: Tensor, factor: Tensor, rows: slice) -> Tensor:
+        if name == "weight" and self.spare_rows is not None and self.spare_rows.dtype == m.dtype:
+            return torch.mul(m, factor, out=self.spare_rows[rows])
+        return (m * factor).to(m.dtype)
 
     def add_labels(self, name: str, total: Tensor, start: int, stop: int, kept_rows: int, kernels: ModuleType) -> None:
         """Adds the part of the labels [start, stop) in the first ``kept_rows`` rows to total [stop - start, k]."""
