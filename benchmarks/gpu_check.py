@@ -24,7 +24,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 # The ops whose rows are wanted most; others follow.
-FIRST = ("token_logprobs", "linear_token_logprobs", "linear_preference_loss", "tree_attention")
+FIRST = ("token_logprobs", "linear_token_logprobs", "linear_preference_loss", "tree_attention", "workload_step")
 LARGE = "more_than_2_to_the_31"  # the GPU tests that take tens of GB: one after another, in one process
 # The GPU tests that compute-sanitizer is quick enough for have "small" in their name; torch's own kernels are not ours.
 SANITIZED = "small and not [torch-"
@@ -116,7 +116,8 @@ def builds() -> list[Part]:
 def tests() -> list[Part]:
     """A part per test file that holds GPU tests, or several: a kernel that breaks the GPU's context breaks its own."""
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8"))
-    options = ("-m", "gpu", "-q", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", "-k")
+    # No -q: pyproject.toml has one, and of two pytest does not say how many passed.
+    options = ("-m", "gpu", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", "-k")
     parts = []
     for path in files:
         command = python("-m", "pytest", str(path.relative_to(ROOT)), *options, f"not {LARGE}")

@@ -67,6 +67,13 @@ def test_every_gpu_test_and_every_bench_is_a_part():
     assert all("small" in (ROOT / part.command[8]).read_text() for part in gpu_check.sanitized(gpu_check.tests()))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_part_of_tests_says_how_many_passed():
+    part = next(part for part in gpu_check.tests() if part.name == "tests test_gpu_tree_scan")
+    gpu_check.run(part, 100.0, dict(os.environ))
+    assert part.result.startswith("ok: 18 skipped")
+
+
 def test_shards_have_every_test_once(monkeypatch):
     shard = runpy.run_path(str(ROOT / "tests" / "gpu" / "conftest.py"))["pytest_collection_modifyitems"]
     found = []
