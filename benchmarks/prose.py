@@ -96,8 +96,9 @@ def like_for_like(rows: Rows) -> str:
     with_memory = [r for r in found if r.fastpo["peak_mib"] and r.peers[0]["peak_mib"]]
     memory = [float(r.peers[0]["peak_mib"]) / float(r.fastpo["peak_mib"]) for r in with_memory]
     return paragraph(
-        "Peers run as torch is installed, on MKL's products. Given fastpo's products (oneDNN's, which torch offers",
-        'its users no way to; the cases "oneDNN" in [docs/results.md](docs/results.md)) the best of them take',
+        "Peers run as torch is installed, on MKL's products, the fused heads on their own (`csrc/gemm.cpp`). Given",
+        "oneDNN's products, which run at the same rate and which torch offers its users no way to (the cases",
+        '"oneDNN" in [docs/results.md](docs/results.md)), the best of them take',
         f"{min(times):.2g} to {max(times):.2g} times the fused heads' time, in {min(memory):.2g} to {max(memory):.2g}",
         "times the memory.",
     )
