@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastpo.memory import keep_freed_memory, return_freed_memory
+from fastpo.memory import return_freed_memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "results.csv"
 # The first three always count; peers where they are installed.
@@ -136,7 +136,8 @@ def percentile(values: list[float], share: float) -> float:
 def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str, live_only: bool = False) -> float | None:
     """MiB that one call holds at its peak, results included, beyond what was held before (Linux and CUDA).
 
-    On a CPU that is resident memory, with what malloc keeps for later. ``live_only``: without, which slows the call.
+    On a CPU that is resident memory, with what malloc keeps for later. ``live_only``: without, which slows the call;
+    freed memory is given back at once from then on.
     """
     gc.collect()
     if device == "cuda":
@@ -156,7 +157,6 @@ def peak_memory(run: Callable[[Any], Any], inputs: Any, device: str, live_only: 
         return (_status("VmHWM") - before) / 2**10
     return_freed_memory()
     run(inputs)
-    keep_freed_memory()
     return (_status("VmHWM") - before) / 2**10
 
 

@@ -2,7 +2,8 @@
 
 Each ``kernels/<op>/bench.py``, and each module of benchmarks/ that defines cases, offers implementations: fastpo, torch
 eager, torch.compile, and the peers that are installed (``pip install .[peers]``). All implementations of a case are
-checked to compute the same thing, then run in turn in one process. Rows are appended, case by case, to
+checked to compute the same thing, then run in turn in one process, torch being as it is installed. In cases "oneDNN"
+and without peers all have fastpo's conditions: oneDNN's products, and freed memory kept (``fastpo.memory``). Rows are appended, case by case, to
 ``benchmarks/results/results.csv``; ``--skip-done`` goes on where a stopped run left off.
 
 ``--suite full`` is all that is time or memory, in 20 minutes on 4 cores: short cases of every op; the fused heads' grid
@@ -39,7 +40,7 @@ from discovery import benches, identity, refresher, work  # noqa: E402
 from measure import RESULTS, Row, append, machine, measured, percentile, read  # noqa: E402
 from verify import brief, gate_all, timed_once  # noqa: E402
 
-from fastpo.memory import keep_freed_memory  # noqa: E402
+from fastpo.memory import default_freed_memory, keep_freed_memory  # noqa: E402
 
 MINUTES = {"quick": 12.0, "full": 19.8, "gpu": 4.0, "grid": 35.0}
 SECONDS = {"full": 0.4}
@@ -59,6 +60,7 @@ def chosen(runs: dict[str, Any], peers: list[str] | None) -> dict[str, Any]:
 def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, where: dict[str, Any]) -> list[Row]:
     """The rows of one case; peers that fail or compute something else are named and left out."""
     device, runs = arguments.device, chosen(bench.implementations(case), arguments.peers)
+    set_memory(case, arguments)
     inputs = bench.setup(case, device)
     bound, bound_work = bench.ceiling(case) if hasattr(bench, "ceiling") else (None, 0)
     ceiling = {} if bound is None else {"ceiling": bound}
@@ -95,6 +97,13 @@ def run_case(op: str, bench: Any, case: Any, arguments: argparse.Namespace, wher
             )
         )
     return rows
+
+
+def set_memory(case: Any, arguments: argparse.Namespace) -> None:
+    """Freed memory as any process has it; kept, as fastpo's command line does, where all have fastpo's products too."""
+    like_for_like = getattr(case, "onednn", False) or arguments.peers == ["none"]
+    if arguments.device == "cpu":
+        keep_freed_memory() if like_for_like else default_freed_memory()
 
 
 def once(bench: Any, case: Any, arguments: argparse.Namespace) -> bool:
@@ -254,8 +263,6 @@ def main() -> int:
         arguments.minutes = MINUTES.get(arguments.suite, 60.0)
     if arguments.seconds is None:
         arguments.seconds = SECONDS.get(arguments.suite, 3.0)
-    if arguments.device == "cpu":
-        keep_freed_memory()  # for every implementation, as fastpo's command line does
     return min(1, compare(arguments) if arguments.base else measure(arguments))
 
 

@@ -17,8 +17,13 @@ def keep_freed_memory() -> bool:
     return _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20})
 
 
+def default_freed_memory() -> bool:
+    """Tells glibc to do as it does of itself once a block of 32 MiB was freed: larger ones are mapped anew each time."""
+    return _set({_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10})
+
+
 def return_freed_memory() -> bool:
-    """Tells glibc to give freed blocks of 128 KiB and more back at once, as it does by default until some are freed."""
+    """Tells glibc to give freed blocks of 128 KiB and more back at once."""
     return _set({_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 128 << 10, _TRIM_THRESHOLD: 128 << 10, _TOP_PAD: 128 << 10})
 
 
