@@ -3,8 +3,8 @@
 Each ``kernels/<op>/bench.py``, and each module of benchmarks/ that defines cases, offers implementations: fastpo, torch
 eager, torch.compile, and the peers that are installed (``pip install .[peers]``). All implementations of a case are
 checked to compute the same thing, then run in turn in one process, torch being as it is installed. In cases "oneDNN"
-and without peers all have fastpo's conditions: oneDNN's products, and freed memory kept (``fastpo.memory``). Rows are appended, case by case, to
-``benchmarks/results/results.csv``; ``--skip-done`` goes on where a stopped run left off.
+and without peers all have fastpo's conditions: oneDNN's products, and freed memory kept (``fastpo.memory``). Rows are
+appended, case by case, to ``benchmarks/results/results.csv``; ``--skip-done`` goes on where a stopped run left off.
 
 ``--suite full`` is all that is time or memory, in 20 minutes on 4 cores: short cases of every op; the fused heads' grid
 of 28 points, every product on oneDNN, where each implementation is called once, timed and checked in that call; then

@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
 
 
 def default_freed_memory() -> bool:
-    """Tells glibc to do as it does of itself once a block of 32 MiB was freed: larger ones are mapped anew each time."""
+    """Tells glibc to do as of itself once a block of 32 MiB was freed: larger ones are mapped anew each time."""
     return _set({_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10})
 
 
