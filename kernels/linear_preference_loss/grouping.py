@@ -55,7 +55,7 @@ class LossPlan:
     @property
     def recomputed(self) -> int:
         """Number of groups that exceed the budget although no component can be split off."""
-        return sum(not whole(group.head) for group in self.groups)
+        return sum(not group.head.whole for group in self.groups)
 
     def __str__(self) -> str:
         size = f"{self.bytes / 2**20:.0f} MiB, {len(self.groups)} groups of whole tuples"
@@ -117,6 +117,10 @@ class Costs:
 
     def plan(self, num_rows: int, lent_rows: int = 0) -> Plan:
         """The plan for some rows, of which the gradient's memory may hold ``lent_rows``."""
+        wide = self._plan(num_rows, lent_rows, wide_tiles=True)
+        return wide if wide.whole else self._plan(num_rows, lent_rows, wide_tiles=False)
+
+    def _plan(self, num_rows: int, lent_rows: int, wide_tiles: bool) -> Plan:
         plan = plan_head(
             num_rows,
             self.vocab_size,
@@ -126,6 +130,7 @@ class Costs:
             hidden_grad=self.hidden_grad,
             head_grad=self.head_grad,
             memory_budget=self.memory_budget,
+            wide_tiles=wide_tiles,
         )
         return plan if lent_rows == 0 or num_rows == 0 else self._with_loan(plan, num_rows, lent_rows)
 
@@ -151,7 +156,7 @@ class Costs:
 
         def holds(num_rows: int) -> bool:
             try:
-                return whole(self.plan(num_rows, lent_rows))
+                return self.plan(num_rows, lent_rows).whole
             except ValueError:
                 return False
 
@@ -160,11 +165,6 @@ class Costs:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if holds(middle) else (low, middle - 1)
         return low
-
-
-def whole(plan: Plan) -> bool:
-    """Whether no logits are to be computed again."""
-    return not plan.head_grad or plan.kept_elements + plan.lent_elements >= plan.elements
 
 
 def group(

@@ -1,6 +1,7 @@
 """What a fused head will cost, decided before it runs: tile shape, what is kept, how many GEMMs (F) and bytes."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -54,6 +55,11 @@ class Plan:
         return ", ".join(parts)
 
     @property
+    def whole(self) -> bool:
+        """Whether no logits are to be computed again."""
+        return not self.head_grad or self.kept_elements + self.lent_elements >= self.elements
+
+    @property
     def bytes(self) -> int:
         """Extra memory at the peak, the gradients themselves not counted."""
         return self.state_bytes + self.tile_bytes + self.kept_bytes
@@ -77,6 +83,7 @@ def plan(
     hidden_grad: bool = True,
     head_grad: bool = True,
     memory_budget: int | None = None,
+    wide_tiles: bool | None = None,
 ) -> Plan:
     """How ``linear_token_logprobs`` runs and what it costs; the op itself follows it.
 
@@ -85,15 +92,23 @@ def plan(
         hidden_grad: the hidden states need a gradient.
         head_grad: the weight, the bias or LoRA's B need one.
         memory_budget: bytes of extra memory at the peak, gradients not counted. None: 1 GiB besides the state.
+        wide_tiles: on a CPU, twice as wide for up to three quarters of the largest tile's rows: up to 5% faster where
+            few rows bear the cost of a product. None: where the budget holds all logits even so.
 
     Raises ValueError where the budget does not hold the state of the rows and the smallest tile, of one row.
     """
+    if wide_tiles is None:
+        sizes = (num_rows, vocab_size, hidden_size)
+        grads = {"hidden_grad": hidden_grad, "head_grad": head_grad}
+        given = partial(plan, *sizes, dtype=dtype, device=device, memory_budget=memory_budget, **grads)
+        wide_plan = given(wide_tiles=True)
+        return wide_plan if wide_plan.whole else given(wide_tiles=False)
     wide = max(4, dtype.itemsize)  # of logits, and of everything accumulated
     state = num_rows * wide * (16 + hidden_size * (3 if hidden_grad else 1))
     if device == "cpu" and memory_budget is not None and memory_budget >= _OVERHEAD_FROM:
         state += _OVERHEAD
     room = DEFAULT_BUDGET if memory_budget is None else memory_budget - state
-    rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, device, num_rows)
+    rows, vocab = _tile_shape(room, vocab_size, hidden_size, wide, device, num_rows, wide_tiles)
     rows = _equal_chunk(num_rows, rows)
     tile = _tile_memory(rows, vocab, hidden_size, wide, device)
     if tile > room:
@@ -129,10 +144,12 @@ def _equal_chunk(num_rows: int, most: int) -> int:
     return min(most, -(-equal // 64) * 64)
 
 
-def _tile_shape(room: int, vocab_size: int, hidden_size: int, wide: int, device: str, num_rows: int) -> tuple[int, int]:
+def _tile_shape(
+    room: int, vocab_size: int, hidden_size: int, wide: int, device: str, num_rows: int, wide_tiles: bool
+) -> tuple[int, int]:
     """The largest tile (rows, vocab) that takes at most half the room, or the smallest there is."""
     rows, vocab = _LARGEST_TILE["cpu" if device == "cpu" else "cuda"]
-    if device == "cpu" and 2 * num_rows <= rows:
+    if device == "cpu" and (2 * num_rows <= rows or (wide_tiles and 4 * num_rows <= 3 * rows)):
         vocab *= 2
     rows, vocab = min(rows, max(num_rows, 1)), min(vocab, vocab_size)
     while _tile_memory(rows, vocab, hidden_size, wide, device) > room // 2 and (rows > 1 or vocab > _SMALLEST_VOCAB):
