@@ -8,7 +8,8 @@
 //   left   panels of kTileRows rows: [panels, depth, kTileRows]
 //   right  panels of kTileColumns columns: [panels, depth, kTileColumns]
 //
-// The left one is read where it lies if that is as fast. Edges are filled with zeros. Each element of the result is one sum over the depth in order, whoever computes it.
+// The left one is read where it lies if that is as fast. Edges are filled with zeros. Each element of the result is one sum
+// over the depth in order, whoever computes it.
 
 namespace fastpo::FASTPO_ISA {
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpo.dispatch import extension_missing
 from fastpo.kernels.linear_token_logprobs import gemm
@@ -98,3 +99,26 @@ def test_strided_and_empty():
     torch.testing.assert_close(gemm._product(a, b, None), a @ b)
     for shape in ((0, 3), (3, 0)):
         assert gemm._product(torch.ones(shape[0], 2), torch.ones(2, shape[1]), None).shape == shape
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_library_s_product_is_not_copied(monkeypatch):
+    """As on a GPU: where no place is given for it, what the library returns is the result; no pass over a tile more."""
+    monkeypatch.setattr(gemm, "_ours", lambda x: False)
+    x, w = torch.randn(5, 4), torch.randn(6, 4)
+    with Calls() as calls:
+        z = gemm.logits(x, w)
+        gemm.times(z, w)
+        gemm.outer(z, x)
+    assert set(calls.names) == {"t", "mm"} and calls.names.count("mm") == 3

@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
-from fastpo.memory import keep_freed_memory, return_freed_memory
+from fastpo.memory import default_freed_memory, keep_freed_memory, return_freed_memory
 
 _PROGRAM = """
 import resource, sys, torch
-from fastpo.memory import keep_freed_memory, return_freed_memory
+from fastpo.memory import default_freed_memory, keep_freed_memory, return_freed_memory
 
-assert sys.argv[1] == "default" or keep_freed_memory()
+assert sys.argv[1] == "untouched" or keep_freed_memory()
+assert sys.argv[1] != "default" or default_freed_memory()
 assert sys.argv[1] != "returned" or return_freed_memory()
 
 def faults():
@@ -36,6 +37,7 @@ def test_later_steps_find_the_memory_of_the_first():
     pages = 3 * 48 * 256
     assert _faults("kept") < pages / 20
     if "always" not in _huge_pages():
+        assert _faults("untouched") > pages / 2
         assert _faults("default") > pages / 2
         assert _faults("returned") > pages / 2  # kept first, then given back
 

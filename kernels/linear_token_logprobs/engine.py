@@ -152,8 +152,10 @@ def _forward_rows(
 
 def _room(spare: Tensor | None, kept: Tensor | None, rows: int, columns: int) -> Tensor | None:
     """Where logits [rows, columns] go: to their kept tile, if it has their type, else to ``spare``; None: anywhere."""
-    if spare is None or (kept is not None and kept.dtype == spare.dtype):
-        return kept if spare is not None else None
+    if spare is None:
+        return None
+    if kept is not None and kept.dtype == spare.dtype:
+        return kept
     return spare[: rows * columns].view(rows, columns)
 
 
@@ -282,41 +284,42 @@ def head_gradients(
             if into.u is not None:
                 into.u[rows] += gemm.small(d, operands[1])
         for name, total in totals.items():
-            if kept_rows:
+            if kept_rows and total.sum is not None:
                 kept.add_labels(name, total.sum, start, stop, kept_rows, kernels)
             total.finish(accumulate)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Total:
     """The gradient of some vocabulary entries as it is summed over row chunks."""
 
     out: Tensor  # [v, k] where it belongs
-    sum: Tensor  # [v, k] of the wide type: out itself, or memory besides
+    direct: bool  # it is summed there
     chunks: int
-
-    @property
-    def direct(self) -> bool:
-        return self.sum is self.out
+    sum: Tensor | None = None  # [v, k] of the wide type: out itself, or the first chunk's product
 
     @staticmethod
     def of(out: Tensor, tiles: list[Tensor | None], dtype: torch.dtype) -> "Total":
         """out [v, k] or [v], summed in place unless it is narrower than the sum or ``tiles`` lie in its memory."""
         out = out.view(out.shape[0], -1)
         direct = out.dtype == dtype and not any(tile is not None and _overlap(tile, out) for tile in tiles)
-        return Total(out, out if direct else torch.empty_like(out, dtype=dtype), len(tiles))
+        return Total(out, direct, len(tiles), out if direct else None)
 
     def add(self, name: str, d: Tensor, m: Tensor, add: bool) -> None:
         """d^T m, d [R, v], m [R, k], added to the sum or in its place."""
         if name == "weight":
-            gemm.outer(d, m, self.sum, add, past_cache=self.direct and self.chunks == 1)
+            self.sum = gemm.outer(d, m, self.sum, add, past_cache=self.direct and self.chunks == 1)
+            return
+        product = gemm.narrow_outer(d, m)
+        if self.sum is None:
+            self.sum = product
         elif add:
-            self.sum.add_(gemm.narrow_outer(d, m))
+            self.sum.add_(product)
         else:
-            self.sum.copy_(gemm.narrow_outer(d, m))
+            self.sum.copy_(product)
 
     def finish(self, accumulate: bool) -> None:
-        if self.direct:
+        if self.direct or self.sum is None:
             return
         if accumulate:
             self.out.add_(self.sum)

@@ -6,8 +6,8 @@
 
 - CUDA: cuBLAS. bf16 and fp16 operands give fp32 results (``out_dtype``): rounding logits before the logsumexp is where
   fused losses drift from the trainer's.
-- CPU: csrc/gemm.cpp, which adds to its result in place, takes operands of 16 bits as they are and needs 8 MiB of
-  memory, where libraries return new tensors, copy and widen. It runs at oneDNN's rate, 2.5 times MKL's on AMD
+- CPU: csrc/gemm.cpp, which adds to its result in place, takes operands of 16 bits as they are and needs some 10 MiB
+  of memory, where libraries return new tensors, copy and widen. It runs at oneDNN's rate, 2.5 times MKL's on AMD
   processors with AVX-512 (LOG.md). Where it is not built, and in fp64: what torch takes.
 """
 
@@ -71,18 +71,18 @@ def _product(
     past_cache: bool = False,
 ) -> Tensor:
     """ab, out + ab or decay out + ab, in ``out``; None: a new tensor."""
-    if out is None:
-        out = a.new_empty(a.shape[0], b.shape[1], dtype=wide(a.dtype))
     if _ours(a):
+        if out is None:
+            out = a.new_empty(a.shape[0], b.shape[1], dtype=wide(a.dtype))
         tally.add(a, b)
         _multiply(_dense(a), _dense(b), out, decay, add, past_cache)
-    elif decay is not None:
-        torch.addcmul(_mm(operand(a), operand(b)), out, decay[:, None], out=out)
-    elif add:
-        out.add_(_mm(operand(a), operand(b)))
-    else:
-        out.copy_(_mm(operand(a), operand(b)))
-    return out
+        return out
+    product = _mm(operand(a), operand(b))
+    if out is None:
+        return product
+    if decay is not None:
+        return torch.addcmul(product, out, decay[:, None], out=out)
+    return out.add_(product) if add else out.copy_(product)
 
 
 def _dense(x: Tensor) -> Tensor:
