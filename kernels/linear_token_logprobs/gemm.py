@@ -6,9 +6,10 @@
 
 - CUDA: cuBLAS. bf16 and fp16 operands give fp32 results (``out_dtype``): rounding logits before the logsumexp is where
   fused losses drift from the trainer's.
-- CPU: csrc/gemm.cpp, which adds to its result in place, takes operands of 16 bits as they are and needs some 10 MiB
-  of memory, where libraries return new tensors, copy and widen. It runs at oneDNN's rate, 2.5 times MKL's on AMD
-  processors with AVX-512 (LOG.md). Where it is not built, and in fp64: what torch takes.
+- CPU: csrc/gemm.cpp, which adds to its result in place, takes operands of 16 bits as they are and needs some 10 MiB of
+  memory, where libraries return new tensors, copy and widen. It runs at 95-103% of oneDNN's rate on an AMD processor,
+  with AVX-512 and with AVX2, and so at 2.7 and 1.5 times MKL's there (benchmarks/products.py); on Intel's it has not
+  been measured. Where it is not built, and in fp64: what torch takes.
 """
 
 import platform
