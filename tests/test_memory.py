@@ -53,4 +53,4 @@ def _huge_pages() -> str:
 
 def test_without_glibc_nothing_is_done(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not keep_freed_memory() and not return_freed_memory()
+    assert not keep_freed_memory() and not default_freed_memory() and not return_freed_memory()
